@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from gradmax_nb.measure import (Lift, OperatingPoint, apply_layer, incoming_weight, lift_of, loss_with, measure, outgoing_weights, settle, untouched, zero_buds,
+from gradmax_nb.measure import (Lift, apply_layer, incoming_weight, lift_of, measure, outgoing_weights, settle, untouched, zero_buds,
     _base, _loss, _pad, _z_shape, as_batches)
 from gradmax_nb.optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from gradmax_nb.sites import NewNeurons, Site, as_inputs, evaluating, make_buds, on, run_path, widen
@@ -123,6 +123,7 @@ def grow(
 def _plan(m, k, method):
     "Proposal, weights and hooks for one site."
     p = method.propose(m, k)
+    if not p.predicted==p.predicted or p.predicted==float('inf'): raise ValueError(f"`{m.site.name}`: the gradient of the growth batch is not finite; check the inputs and the loss, or lower the learning rate")
     if not torch.isfinite(p.incoming).all() or not torch.isfinite(p.outgoing).all(): raise ValueError(f"`{m.site.name}`: {method} proposed weights that are not finite; check the growth batch and the length rule")
     return (p,*_new_neurons(m,p))
 

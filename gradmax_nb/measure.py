@@ -1,8 +1,9 @@
 #| export
+import itertools
 import random
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 import torch
 import torch.nn.functional as F
@@ -155,13 +156,13 @@ def _capture(model, sites, pair, loss_func, extra=None, share=1.):
         for s in sites:
             if None in seen[s.name]['edges']: raise ValueError(f"`{s.readers[seen[s.name]['edges'].index(None)].name}` was not called for this batch, so site `{s.name}` cannot be measured")
         grads = iter(torch.autograd.grad(loss, edges, allow_unused=True))
-    out = [Captured(_pad(s.producer, seen[s.name]['x'].detach()), [_checked(next(grads), s)*share for _ in s.readers], seen[s.name]['inputs']) for s in sites]
+    out = [Captured(_pad(s.producer, seen[s.name]['x'].detach()), [_share(next(grads), s, share) for _ in s.readers], seen[s.name]['inputs']) for s in sites]
     return loss.detach(),out
 
-def _checked(g, site):
+def _share(g, site, share):
+    "One batch's part of the gradient."
     if g is None: raise ValueError(f"the loss does not depend on what `{site.name}` feeds: its gradient does not exist")
-    if not torch.isfinite(g).all(): raise ValueError(f"the gradient behind `{site.name}` is not finite: check the inputs and the loss, or lower the learning rate")
-    return g.detach()
+    return g.detach() if share==1 else g.detach()*share
 
 #| export
 def lift_of(
@@ -287,16 +288,24 @@ class Measurement:
     def point(self)->OperatingPoint:
         "Set-up of neurons with zero incoming weights."
         return operating_point(self.site, self.batches[0].x.new_zeros(_z_shape(self, self.batches[0].x[:1], 1)))
+    @cached_property
+    def slopes(self)->list: return path_slopes(self)
+    @cached_property
+    def local(self)->bool: return _local(self)
+    @cached_property
+    def producer(self)->nn.Module: return self.site.producer
+    @cached_property
+    def consumers(self)->list: return self.site.consumers
     @property
-    def rows(self)->int: return self.site.producer.weight[0].numel()
+    def rows(self)->int: return self.producer.weight[0].numel()
     @property
     def cols(self)->int: return sum(self.shapes[j].numel() for j in range(len(self.shapes)))
     @property
-    def weight(self)->torch.Tensor: return self.site.producer.weight
+    def weight(self)->torch.Tensor: return self.producer.weight
     @property
     def shapes(self)->list:
         "Per reader: shape of one neuron's outgoing weights, `(d_out, spread, ...)`."
-        return [torch.Size((c.weight.shape[0], r.spread, *c.weight.shape[2:])) for c,r in zip(self.site.consumers,self.site.readers)]
+        return [torch.Size((c.weight.shape[0], r.spread, *c.weight.shape[2:])) for c,r in zip(self.consumers,self.site.readers)]
 
 #| export
 def incoming_weight(m, U):
@@ -323,16 +332,16 @@ def _base(m, z):
 
 def _path(m, z, buds):
     "What the readers see of new neurons, padded as the readers pad."
-    return tuple(_pad(c,a) for c,a in zip(m.site.consumers, run_path(m.site, z, buds, m.point.lifts)))
+    return tuple(_pad(c,a) for c,a in zip(m.consumers, run_path(m.site, z, buds, m.point.lifts)))
 
 #| export
-def _slopes(m):
+def path_slopes(m)->list:
     "Derivative of a pointwise path, one number per reader."
     z = _base(m, m.weight.new_zeros((1,)*(m.weight.dim() if m.weight.dim()>2 else 2))).requires_grad_()
     with torch.enable_grad(): out = run_path(m.site, z, zero_buds(m.site,1,m.point), m.point.lifts)
     return [_gradient(a.sum(), z).item() for a in out]
 
-def _channels(m, z): return z.shape[1] if isinstance(m.site.producer, _ConvNd) else z.shape[-1]
+def _channels(m, z): return z.shape[1] if isinstance(m.producer, _ConvNd) else z.shape[-1]
 
 #| export
 def push(
@@ -340,9 +349,9 @@ def push(
     z:torch.Tensor # Change of the producer's output, `(n, k, ...)`
 )->list:           # Per reader, padded
     "Derivative of the path along `z`."
-    if _local(m):
-        out = [z*s for s in _slopes(m)]
-        return [_pad(c, a.flatten(1) if isinstance(c, nn.Linear) and isinstance(m.site.producer, _ConvNd) else a) for c,a in zip(m.site.consumers,out)]
+    if m.local:
+        out = [z*s for s in m.slopes]
+        return [_pad(c, a.flatten(1) if isinstance(c, nn.Linear) and isinstance(m.producer, _ConvNd) else a) for c,a in zip(m.consumers,out)]
     buds = zero_buds(m.site, _channels(m,z), m.point)
     return list(torch.func.jvp(lambda t: _path(m,t,buds), (_base(m,z),), (z,))[1])
 
@@ -353,8 +362,8 @@ def pull(
     shape:tuple    # Of the producer's output for these neurons
 )->torch.Tensor:
     "Transposed derivative of the path: gradient at the producer's output."
-    if _local(m) and not any(_pads_itself(c) for c in m.site.consumers): return sum(g.reshape(shape)*s for g,s in zip(gs,_slopes(m)))
-    buds = zero_buds(m.site, shape[1] if isinstance(m.site.producer,_ConvNd) else shape[-1], m.point)
+    if m.local and not any(_pads_itself(c) for c in m.consumers): return sum(g.reshape(shape)*s for g,s in zip(gs,m.slopes))
+    buds = zero_buds(m.site, shape[1] if isinstance(m.producer,_ConvNd) else shape[-1], m.point)
     with torch.enable_grad():
         z = _base(m, gs[0].new_zeros(shape)).requires_grad_()
         return torch.autograd.grad(_path(m,z,buds), z, gs, create_graph=any(g.requires_grad for g in gs))[0]
@@ -362,8 +371,8 @@ def pull(
 #| export
 def _z_shape(m, x, k):
     "Shape of the producer's output for `k` neurons."
-    if isinstance(m.site.producer, nn.Linear): return (*x.shape[:-1], k)
-    p,(stride,padding,dilation) = m.site.producer,_geometry(m.site.producer)
+    if isinstance(m.producer, nn.Linear): return (*x.shape[:-1], k)
+    p,(stride,padding,dilation) = m.producer,_geometry(m.producer)
     padding = (padding,)*len(p.kernel_size) if isinstance(padding, int) else padding
     return (len(x), k, *((s+2*q-d*(f-1)-1)//t+1 for s,q,d,f,t in zip(x.shape[2:],padding,dilation,p.kernel_size,stride)))
 
@@ -372,15 +381,25 @@ def _reader_shape(c, seen, k, spread):
     return None if isinstance(c, nn.Linear) else (lambda s: (s[0],k*spread,*s[2:]))(_pad(c, seen[:,:1]).shape)
 
 #| export
+def positions(m)->int:
+    "Positions per sample at which the producer works."
+    shape = _z_shape(m, m.batches[0].x[:1], 1)
+    return torch.Size(shape).numel()
+
+def _reader_gradients(m, b, V):
+    "Gradients at the readers' inputs for new neurons with outgoing directions `V`."
+    return [input_gradient(c, _reader_shape(c,seen,len(V),r.spread), w, d) for c,r,w,d,seen in zip(m.consumers,m.site.readers,outgoing_weights(m,V),b.deltas,b.inputs)]
+
+#| export
 def gradient_in(
     m:Measurement, # Site
     V:torch.Tensor # Outgoing directions, `(k, cols)`
 )->torch.Tensor:   # `(k, rows)`
     "M V: gradient of new incoming weights, at zero, when the outgoing ones are `V`."
-    k,total = len(V),0.
+    total = 0.
     for b in m.batches:
-        gs = [input_gradient(c, _reader_shape(c,seen,k,r.spread), w, d) for c,r,w,d,seen in zip(m.site.consumers,m.site.readers,outgoing_weights(m,V),b.deltas,b.inputs)]
-        total = total + weight_gradient(m.site.producer, b.x, pull(m, gs, _z_shape(m,b.x,k))).flatten(1)
+        gz = pull(m, _reader_gradients(m,b,V), _z_shape(m,b.x,len(V)))
+        total = total + weight_gradient(m.producer, b.x, gz).flatten(1)
     return total
 
 #| export
@@ -391,8 +410,8 @@ def gradient_out(
     "M' U: what the outgoing weights' gradient would be, were the path linear, when the incoming ones are `U`."
     total = 0.
     for b in m.batches:
-        a = push(m, apply_layer(m.site.producer, b.x, incoming_weight(m,U)))
-        total = total + outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.site.consumers,a,b.deltas)])
+        a = push(m, apply_layer(m.producer, b.x, incoming_weight(m,U)))
+        total = total + outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.consumers,a,b.deltas)])
     return total
 
 #| export
@@ -433,31 +452,46 @@ def _measure(model, sites, pairs, loss_func, lr, seeds):
 
 #| export
 def top_singular(
-    forward,                # `V (b, cols) -> (b, rows)`: M V
-    backward,               # `U (b, rows) -> (b, cols)`: M' U
-    start:torch.Tensor,     # First block `(b, cols)`, with `b` a little more than `k`
-    k:int,                  # Number of singular triples
-    tol:float=1e-3,         # Stop when the sum of the k largest squares grows by less than this fraction
-    max_blocks:int=8        # And at the latest here
-)->tuple:                   # `sigma (k,)`, `U (k, rows)`, `V (k, cols)`
+    forward,            # `V (b, cols) -> (b, rows)`: M V
+    backward,           # `U (b, rows) -> (b, cols)`: M' U
+    start:torch.Tensor, # First block of the incoming side, orthonormal rows `(b, rows)`
+    k:int,              # Number of singular triples, at most `b`
+    tol:float=.01,      # Stop when the sum of the k largest squares grew by less than this fraction in one iteration; the error left is far smaller
+    max_iter:int=6      # And at the latest here
+)->tuple:               # `sigma (k,)`, `U (k, rows)`, `V (k, cols)`, with M V = sigma U exactly
     "Leading singular triples of a matrix that is only known by its products."
-    P,W,value,block = None,None,0.,forward(start)
-    for i in range(max_blocks):
-        if P is not None: block = block - (block@P.T)@P
-        q = torch.linalg.qr(block.T)[0].T
-        if P is not None: q = torch.linalg.qr((q - (q@P.T)@P).T)[0].T
-        w = backward(q)
-        P,W = (q,w) if P is None else (torch.cat([P,q]),torch.cat([W,w]))
-        left,sigma,right = torch.linalg.svd(W, full_matrices=False)
-        old,value = value,sigma[:k].square().sum().item()
-        if value-old <= tol*value or len(P)+len(start)>min(P.shape[1],W.shape[1]): break
-        block = forward(w)
-    return sigma[:k], left[:,:k].T@P, right[:k]
+    Q,Y,block,value = start.new_zeros(0,0),start.new_zeros(0,start.shape[1]),start,None
+    for _ in range(max_iter):
+        w = backward(block)
+        old = _squares_of(w,k) if value is None else value
+        q = _orthonormal(w, Q)
+        y = forward(q)
+        Q,Y = torch.cat([Q.view(-1,q.shape[1]),q]),torch.cat([Y,y])
+        value = _squares_of(Y, k)
+        if value-old <= tol*value or len(Q)+len(q)>min(Q.shape[1],Y.shape[1]): break
+        block = _orthonormal(y, None)
+    R = torch.linalg.eigh(_gram(Y))[1].flip(1)[:,:k].T.to(Y)
+    MV = R@Y
+    sigma = MV.norm(dim=1)
+    return sigma, MV/sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[:,None], R@Q
+
+#| export
+def _gram(t): return (t@t.T).double()
+
+def _squares_of(t, k):
+    "Sum of the `k` largest squared singular values of `t`."
+    return torch.linalg.eigvalsh(_gram(t))[-k:].sum().item()
+
+def _orthonormal(t, against):
+    "Orthonormal basis of the rows of `t`, orthogonal to `against`."
+    if against is None or not len(against): return torch.linalg.qr(t.T)[0].T
+    for _ in range(2): t = torch.linalg.qr((t - (t@against.T)@against).T)[0].T # twice is enough for orthogonality to rounding
+    return t
 
 #| export
 def _patches(m, x):
     "The producer's input as its kernel sees it: `(n, rows, ...)` at the producer's output positions, or `(..., rows)`."
-    p = m.site.producer
+    p = m.producer
     if isinstance(p, nn.Linear): return x
     stride,padding,dilation = _geometry(p)
     padding = (padding,)*len(p.kernel_size) if isinstance(padding, int) else padding
@@ -467,27 +501,125 @@ def _patches(m, x):
     return torch.stack([cut(o) for o in offsets], 2).flatten(1,2)
 
 #| export
+def _axes(m, c):
+    "Per axis: producer and reader geometry `(k1, s1, p1, d1, k2, s2, p2, d2)`."
+    (s1,p1,d1),(s2,p2,d2) = _geometry(m.producer),_geometry(c)
+    wide = lambda t,n: (t,)*n if isinstance(t, int) else t
+    n = len(c.kernel_size)
+    return list(zip(m.producer.kernel_size, s1, wide(p1,n), d1, c.kernel_size, s2, wide(p2,n), d2))
+
+def _outside(axis, size, hidden, out):
+    "Triples `(u, v, q)` along one axis whose hidden position is outside the map though their input position is inside."
+    k1,s1,p1,d1,k2,s2,p2,d2 = axis
+    r = lambda v,q: s2*q+d2*v-p2
+    return [(u,v,q) for v in range(k2) for q in range(out) if not 0<=r(v,q)<hidden for u in range(k1) if 0<=s1*r(v,q)+d1*u-p1<size]
+
+#| export
+def _corners(m):
+    "Per reader and axis the triples of `_outside`, or None where the growth matrix is no correlation."
+    convs = isinstance(m.producer,_ConvNd) and all(isinstance(c,_ConvNd) and not _pads_itself(c) for c in m.consumers)
+    if not convs or not m.local: return None
+    b = m.batches[0]
+    hidden = _z_shape(m, b.x[:1], 1)[2:]
+    found = [[_outside(a,*sizes) for a,*sizes in zip(_axes(m,c), b.x.shape[2:], hidden, d.shape[2:])] for c,d in zip(m.consumers,b.deltas)]
+    return found if all(len(t)<=4 for axes in found for t in axes) else None # many of them, large kernels: products are cheaper
+
+#| export
+def _correlate(m, b):
+    "The growth matrix of two convolutions with only activations in between, for one batch."
+    parts = []
+    for c,delta,triples,slope in zip(m.consumers,b.deltas,_corners(m),m.slopes):
+        axes = _axes(m, c)
+        offsets = [torch.tensor([[s1*d2*v+d1*u for v in range(k2)] for u in range(k1)]) for k1,s1,_,d1,k2,_,_,d2 in axes]
+        x = _aligned(b.x, delta, axes, offsets)
+        M = x.new_zeros(delta.shape[1], x.shape[1], *(n for o in offsets for n in o.shape))
+        for fixed in itertools.product(*([None,*t] for t in triples)): _add_correlation(M, x, delta, axes, offsets, fixed)
+        n = len(axes)
+        M = M.permute(1, *range(2,2+2*n,2), 0, *range(3,3+2*n,2)).reshape(m.rows, -1)
+        parts.append(M*slope)
+    return torch.cat(parts, 1)
+
+def _aligned(x, delta, axes, offsets):
+    "`x` padded and cut so that output position q and offset o meet input position s1 s2 q + o."
+    pads = [(s1*p2+p1, s1*s2*(q-1)+o.max().item()+1-(s1*p2+p1)-size) for (_,s1,p1,_,_,s2,p2,_),o,q,size in zip(axes,offsets,delta.shape[2:],x.shape[2:])]
+    return F.pad(x, [p for pair in reversed(pads) for p in pair])
+
+#| export
+def _add_correlation(M, x, delta, axes, offsets, fixed):
+    "Add to `M` the correlation with the axes in `fixed` held at their triple; its sign alternates with their number."
+    strides,where = [],[slice(None),slice(None)]
+    for i,((_,s1,_,_,_,s2,_,_),o,t) in enumerate(zip(axes,offsets,fixed)):
+        strides.append(s1*s2 if t is None else 1)
+        where += [slice(None)]*2 if t is None else list(t[:2])
+        if t is not None: x,delta = x.narrow(i+2, s1*s2*t[2]+o[t[0],t[1]].item(), 1),delta.narrow(i+2, t[2], 1)
+    size = [1 if t is not None else o.max().item()+1 for o,t in zip(offsets,fixed)]
+    grad = {1:nn.grad.conv1d_weight, 2:nn.grad.conv2d_weight, 3:nn.grad.conv3d_weight}[len(axes)]
+    A = grad(x, (delta.shape[1],x.shape[1],*size), delta, strides, 0, 1)
+    for i,(o,t) in reversed(list(enumerate(zip(offsets,fixed)))):
+        A = A.select(i+2,0) if t is not None else A.index_select(i+2, o.flatten().to(A.device)).unflatten(i+2, o.shape)
+    M[tuple(where)] += (-1)**sum(t is not None for t in fixed)*A
+
+#| export
 def growth_matrix_of(
     m:Measurement # Site
 )->torch.Tensor:  # `(rows, cols)`
     "The whole growth matrix, exact for every kind of site."
-    if m.cols<=m.rows and not isinstance(m.site.producer, nn.Linear): return gradient_in(m, torch.eye(m.cols).to(m.weight)).T
+    if _corners(m) is not None: return sum(_correlate(m, b) for b in m.batches)
+    if m.cols<=m.rows and not isinstance(m.producer, nn.Linear): return gradient_in(m, torch.eye(m.cols).to(m.weight)).T
     total = 0.
     for b in m.batches:
         for part in _parts(m, b):
             a = push(m, _patches(m,part.x))
-            total = total + outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.site.consumers,a,part.deltas)])
+            total = total + outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.consumers,a,part.deltas)])
     return total
 
 def _parts(m, b):
     "Split a batch so that its patches stay small in memory. BatchNorm couples samples, so then it stays whole."
-    size = len(b.x) if not _local(m) else max(1, 2**24//(m.rows*max(1,b.x[0,:1].numel())))
-    return [Captured(*t) for t in zip(b.x.split(size), zip(*(d.split(size) for d in b.deltas)), [None]*len(b.x))] if isinstance(m.site.producer,_ConvNd) else [b]
+    size = len(b.x) if not m.local else max(1, 2**24//(m.rows*max(1,b.x[0,:1].numel())))
+    return [Captured(*t) for t in zip(b.x.split(size), zip(*(d.split(size) for d in b.deltas)), [None]*len(b.x))] if isinstance(m.producer,_ConvNd) else [b]
 
 #| export
 def _dense_is_cheaper(m, block):
-    dense = m.rows*m.cols if isinstance(m.site.producer, nn.Linear) else min(m.rows,m.cols)*(m.rows+m.cols)
-    return min(m.rows,m.cols)<=64 or dense <= 5*block*(m.rows+m.cols)
+    "Compare multiplications per sample: the whole matrix against about three iterations of the block method."
+    product = 4*block*(m.rows+m.cols)
+    if min(m.rows,m.cols)<=2*block: return True
+    if _corners(m) is not None:
+        taps = max(torch.Size(s1*d2*(k2-1)+d1*(k1-1)+1 for k1,s1,_,d1,k2,_,_,d2 in _axes(m,c)).numel() for c in m.consumers)
+        return m.batches[0].x.shape[1]*sum(c.weight.shape[0] for c in m.consumers)*taps <= 3*product
+    return (m.rows*m.cols if isinstance(m.producer, nn.Linear) else min(m.rows,m.cols)*(m.rows+m.cols)) <= product
+
+def _couples(m):
+    "True where the path makes samples depend on each other."
+    return any(isinstance(m.site.model.get_submodule(n),_NormBase) for n in _starts(m.site)[1:])
+
+def fewer(
+    m:Measurement, # Site
+    n:int          # Samples wanted
+)->Measurement:
+    "The same measurement seen through the first `n` samples of its first batch; whole where samples depend on each other."
+    b = m.batches[0]
+    if _couples(m) or n>=len(b.x): return m
+    part = replace(m, batches=[Captured(b.x[:n], [d[:n] for d in b.deltas], [t[:n] for t in b.inputs])])
+    part.__dict__.update({n:v for n,v in m.__dict__.items() if n in ('point','slopes')}) # neither depends on the batch
+    return part
+
+#| export
+def _first_block(m, block, k, whiten):
+    "Orthonormal incoming directions to start from: random, or the leading ones of an eighth of the batch."
+    g = torch.Generator().manual_seed(m.seed)
+    start = _orthonormal(torch.randn(block, m.rows, generator=g).to(m.weight), None)
+    if not isinstance(m.producer,_ConvNd) or len(m.batches[0].x)<32: return start
+    part = fewer(m, len(m.batches[0].x)//8)
+    if part is m: return start
+    return top_singular(lambda V: whiten(gradient_in(part,V)), lambda U: gradient_out(part,whiten(U)), start, block, tol=.1, max_iter=3)[1]
+
+def _decompose(M, k, seed):
+    "Leading triples of a matrix at hand; iterated to rounding where a full decomposition would cost more than the training step."
+    if min(M.shape)<=128:
+        U,sigma,Vh = torch.linalg.svd(M, full_matrices=False)
+        return sigma[:k],U[:,:k].T,Vh[:k]
+    start = torch.randn(min(k+16,*M.shape), len(M), generator=torch.Generator().manual_seed(seed)).to(M)
+    return top_singular(lambda V: V@M.T, lambda U: U@M, _orthonormal(start,None), k, tol=1e-9, max_iter=60)
 
 def leading_directions(
     m:Measurement,          # Site
@@ -495,15 +627,12 @@ def leading_directions(
     metric:torch.Tensor=None# Symmetric `(rows, rows)` matrix W; then the triples are those of W M
 )->tuple:                   # `sigma (k,)`, `U (k, rows)`, `V (k, cols)`, best first
     "The `k` leading singular triples of the growth matrix, whatever their size."
-    block = k+max(4,k//8)
+    block = min(-(-k//16)*16, m.rows, m.cols)
     whiten = (lambda t: t) if metric is None else (lambda t: t@metric)
-    if _dense_is_cheaper(m, block):
-        U,sigma,Vh = torch.linalg.svd(whiten(growth_matrix_of(m).T).T, full_matrices=False)
-        return sigma[:k],U[:,:k].T,Vh[:k]
-    g = torch.Generator().manual_seed(m.seed)
-    start = torch.randn(min(block,m.rows,m.cols), m.cols, generator=g).to(m.weight)
-    return top_singular(lambda V: whiten(gradient_in(m,V)), lambda U: gradient_out(m,whiten(U)), start, k)
+    if _dense_is_cheaper(m, block): return _decompose(whiten(growth_matrix_of(m).T).T, k, m.seed)
+    return top_singular(lambda V: whiten(gradient_in(m,V)), lambda U: gradient_out(m,whiten(U)), _first_block(m,block,k,whiten), k)
 
+#| export
 def top_directions_of(
     m:Measurement, # Site
     k:int          # Number of neurons
@@ -523,56 +652,57 @@ def rank_of(
     "How many of `sigma` carry a gradient; raises `ValueError` if none does."
     if not torch.isfinite(sigma).all(): raise ValueError(f"`{m.site.name}`: the growth matrix is not finite; check the loss and the inputs")
     if sigma[0]==0: raise ValueError(f"`{m.site.name}`: the growth matrix is zero, so no direction is better than another: the gradient vanishes on this batch (a perfect fit, or dead neurons); use another batch or `RandomGrowth`")
-    return int((sigma > sigma[0]*torch.finfo(sigma.dtype).eps*max(m.rows,m.cols)).sum())
+    return int((sigma > sigma[0]*max(1e-7, torch.finfo(sigma.dtype).eps*max(m.rows,m.cols))).sum())
 
 #| export
-def _first_step(m, V):
-    "Gradients of the new neurons' weights and biases, given outgoing directions `V`."
-    k,buds = len(V),zero_buds(m.site, len(V), m.point)
-    g,gz,gb = 0.,0.,{n:0. for n,b in buds.items() if getattr(b,'bias',None) is not None}
-    for n in gb: buds[n].bias.requires_grad_()
-    for b in m.batches:
-        gs = [input_gradient(c, _reader_shape(c,seen,k,r.spread), w, d) for c,r,w,d,seen in zip(m.site.consumers,m.site.readers,outgoing_weights(m,V),b.deltas,b.inputs)]
-        shape = _z_shape(m, b.x, k)
-        if gb: dz,*db = _pull_all(m, gs, shape, buds, [buds[n].bias for n in gb])
-        else: dz,db = pull(m,gs,shape),[]
-        g,gz = g + weight_gradient(m.site.producer,b.x,dz).flatten(1), gz + (dz.flatten(2).sum((0,2)) if isinstance(m.site.producer,_ConvNd) else dz.flatten(0,-2).sum(0))
-        gb = {n:gb[n]+d for n,d in zip(gb,db)}
-    return g, gz, {n:d.detach() for n,d in gb.items()}
+def _producer_bias_gradient(m, V):
+    "Gradient of the new neurons' biases in the producer, `(k,)`: the growth matrix applied to an input that is always 1."
+    if m.producer.bias is None: return V.new_zeros(len(V))
+    ones = [push(m, b.x.new_ones(_z_shape(m,b.x,1))) for b in m.batches]
+    c = sum(outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.consumers,a,b.deltas)]) for a,b in zip(ones,m.batches))
+    return V@c[0]
 
-def _pull_all(m, gs, shape, buds, biases):
-    with torch.enable_grad():
-        z = _base(m, gs[0].new_zeros(shape)).requires_grad_()
-        return torch.autograd.grad(_path(m,z,buds), (z,*biases), gs, create_graph=any(g.requires_grad for g in gs))
+#| export
+def _bud_bias_gradients(m, V, buds):
+    "Gradients of the biases of the path's layers, by layer name."
+    names = [n for n,b in buds.items() if getattr(b,'bias',None) is not None]
+    total = {n:0. for n in names}
+    for n in names: buds[n].bias.requires_grad_()
+    for b in m.batches if names else []:
+        gs = _reader_gradients(m, b, V)
+        with torch.enable_grad(): out = _path(m, _base(m, b.x.new_zeros(_z_shape(m,b.x,len(V)))), buds)
+        for n,d in zip(names, torch.autograd.grad(out, [buds[n].bias for n in names], gs)): total[n] = total[n] + d.detach()
+    for n in names: buds[n].bias.requires_grad_(False)
+    return total
 
 #| export
 def _vector(t, like, conv): return t.view(*(-1 if i==(1 if conv else like.dim()-1) else 1 for i in range(like.dim())))
 
-def gain(
-    m:Measurement, # Site
-    V:torch.Tensor # Outgoing directions `(k, cols)`, unit length
-)->torch.Tensor:   # `(k,)`
-    "How fast the loss falls along the first step of each new neuron through the real path."
-    conv,norms = isinstance(m.site.producer,_ConvNd),any(isinstance(m.site.model.get_submodule(n),_NormBase) for n in _starts(m.site))
-    g,gz,gb = _first_step(m, V)
-    gz = gz if m.site.producer.bias is not None else torch.zeros_like(gz)
-    total,size = 0.,1. if norms else 1e-3
-    z = [apply_layer(m.site.producer, b.x, incoming_weight(m,-g)) for b in m.batches]
-    z = [t - _vector(gz,t,conv) for t in z]
-    rms = sum(t.square().transpose(1 if conv else -1,0).flatten(1).mean(1) for t in z).div(len(z)).sqrt().clamp_min(1e-30)
-    for b,t in zip(m.batches,z): total = total + _delivered(m, V, b, t*_vector(size/rms,t,conv), gb, size/rms)
-    return -total/(size/rms)/g.norm(dim=1).clamp_min(1e-30)
-
-#| export
 def _delivered(m, V, b, z, gb, step):
     "First-order change of the loss, per neuron, when the producer's new outputs change by `z`."
-    k = len(V)
-    buds,still = zero_buds(m.site,k,m.point),zero_buds(m.site,k,m.point)
-    for n,d in gb.items(): buds[n].bias = nn.Parameter(buds[n].bias - d*step.repeat_interleave(len(d)//k), requires_grad=False)
+    buds,still = zero_buds(m.site,len(V),m.point),zero_buds(m.site,len(V),m.point)
+    for n,d in gb.items(): buds[n].bias = nn.Parameter(buds[n].bias - d*step.detach().repeat_interleave(len(d)//len(V)), requires_grad=False)
     base = _base(m, z)
-    moved = [new-old for new,old in zip(_path(m,base+z,buds), _path(m,base,still))]
-    grads = outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.site.consumers,moved,b.deltas)])
+    moved = [new-old for new,old in zip(_path(m,base+z,buds), _path(m, base if _couples(m) else base[:1], still))]
+    grads = outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.consumers,moved,b.deltas)])
     return (grads*V).sum(1)
+
+#| export
+def gain(
+    m:Measurement,      # Site
+    V:torch.Tensor,     # Outgoing directions `(k, cols)`, unit length
+    G:torch.Tensor=None # M V, where it is known already
+)->torch.Tensor:        # `(2, k)`: for `V` and for `-V`
+    "How fast the loss falls along the first step of each new neuron through the real path, for both signs."
+    conv,size = isinstance(m.producer,_ConvNd),1. if _couples(m) else 1e-3
+    g = gradient_in(m,V) if G is None else G
+    gz,gb = _producer_bias_gradient(m,V),_bud_bias_gradients(m, V, zero_buds(m.site,len(V),m.point))
+    z = [apply_layer(m.producer, b.x, incoming_weight(m,-g)) for b in m.batches]
+    if m.producer.bias is not None: z = [t - _vector(gz,t,conv) for t in z]
+    rms = sum(t.square().transpose(1 if conv else -1,0).flatten(1).mean(1) for t in z).div(len(z)).sqrt().clamp_min(1e-30)
+    step = size/rms
+    fall = lambda s: -sum(_delivered(m, s*V, b, s*t*_vector(step,t,conv), {n:s*d for n,d in gb.items()}, step) for b,t in zip(m.batches,z))
+    return torch.stack([fall(1.),fall(-1.)])/step/g.norm(dim=1).clamp_min(1e-30)
 
 #| export
 def settle(
@@ -590,7 +720,7 @@ def settle(
         return f
     with torch.no_grad():
         b = m.batches[0]
-        if norms: run_path(m.site, apply_layer(m.site.producer,b.x,incoming_weight(m,U)), buds, cuts={n:record(n) for n in norms})
+        if norms: run_path(m.site, apply_layer(m.producer,b.x,incoming_weight(m,U)), buds, cuts={n:record(n) for n in norms})
     return buds
 
 #| export
@@ -607,14 +737,14 @@ def activity(
     "Run neurons with incoming weights `U` through the real path."
     buds,grads,squares,count = settle(m,U,make_buds(m.site,len(U))),0.,0.,0
     for b in m.batches:
-        a = run_path(m.site, apply_layer(m.site.producer,b.x,incoming_weight(m,U)), buds)
-        grads = grads + outgoing_directions(m, [weight_gradient(c,_pad(c,t),d) for c,t,d in zip(m.site.consumers,a,b.deltas)])
+        a = run_path(m.site, apply_layer(m.producer,b.x,incoming_weight(m,U)), buds)
+        grads = grads + outgoing_directions(m, [weight_gradient(c,_pad(c,t),d) for c,t,d in zip(m.consumers,a,b.deltas)])
         squares,count = squares + sum(_squares(m,j,t) for j,t in enumerate(a)), count + sum(t.numel() for t in a)/len(U)
     return Activity(grads, (squares/count).sqrt())
 
 def _squares(m, j, a):
     "Sum of squares per neuron of the values a reader receives."
-    c,spread = m.site.consumers[j],m.site.readers[j].spread
+    c,spread = m.consumers[j],m.site.readers[j].spread
     return a.square().flatten(0,-2).sum(0).unflatten(0,(-1,spread)).sum(1) if isinstance(c,nn.Linear) else a.square().transpose(0,1).flatten(1).sum(1)
 
 #| export
@@ -627,7 +757,7 @@ def existing_rms(
 
 def existing_incoming(m): return m.weight.detach().flatten(1)
 
-def existing_outgoing(m): return outgoing_directions(m, [c.weight.detach() for c in m.site.consumers])
+def existing_outgoing(m): return outgoing_directions(m, [c.weight.detach() for c in m.consumers])
 
 #| export
 def input_energy(
@@ -638,7 +768,7 @@ def input_energy(
     total,count,each = 0.,0,max(1, limit//len(m.batches))
     for b in m.batches:
         h = _patches(m, b.x[:max(1, each//max(1,b.x[0,:1].numel()))*2])
-        h = h.transpose(1,-1).reshape(-1,m.rows) if isinstance(m.site.producer,_ConvNd) else h.reshape(-1,m.rows)
+        h = h.transpose(1,-1).reshape(-1,m.rows) if isinstance(m.producer,_ConvNd) else h.reshape(-1,m.rows)
         h = h[:: max(1, len(h)//each)]
         total,count = total + h.T@h, count+len(h)
     return total/count

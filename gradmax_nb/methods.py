@@ -1,8 +1,8 @@
 #| export
 from dataclasses import dataclass, field
 import torch
-from gradmax_nb.measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, gain, gradient_in, input_energy, leading_directions,
-    loss_with, rank_of, top_directions_of, with_neurons)
+from gradmax_nb.measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, fewer, gain, gradient_in, input_energy, leading_directions,
+    loss_with, positions, rank_of, top_directions_of, with_neurons)
 
 #| export
 @dataclass
@@ -101,12 +101,17 @@ class CurvatureBudget:
 @dataclass
 class AsComputed:
     "Keep the signs the decomposition happened to return (the published method)."
-    def __call__(self, m, V): return V
+    def __call__(self, m, V, G): return V,G
 
 @dataclass
 class SignRule:
     "Give each direction the sign under which its first step lowers the loss more."
-    def __call__(self, m, V): return torch.where((gain(m,V)>=gain(m,-V))[:,None], V, -V)
+    samples:int=32 # At least so many samples of the growth batch decide, more where they have few positions (4096 in all)
+    def __call__(self, m, V, G):
+        few = fewer(m, max(self.samples, 4096//positions(m)))
+        up,down = gain(few, V, G)
+        sign = torch.where(up>=down, 1., -1.).to(V)[:,None]
+        return V*sign,G*sign
 
 #| export
 def ascend(
@@ -135,24 +140,26 @@ class Lookahead:
     "Climb the real one-sided gain from both signs of each direction; keep the better end."
     steps:int=30     # Steps of the ascent
     lr:float=.3      # First step, as an angle in radians
-    def __call__(self, m, V):
-        ends = ascend(lambda v: gain(m,v), torch.cat([V,-V]), self.steps, self.lr)
-        up,down = ends.chunk(2)
-        return torch.where((gain(m,up)>=gain(m,down))[:,None], up, down)
+    def __call__(self, m, V, G):
+        up,down = ascend(lambda v: gain(m,v)[0], torch.cat([V,-V]), self.steps, self.lr).chunk(2)
+        V = torch.where((gain(m,up)[0]>=gain(m,down)[0])[:,None], up, down)
+        return V,gradient_in(m,V)
 
 #| export
 @dataclass
 class Sequential:
     "Choose neurons one after the other: each sees the gradient left over after those before it took their best step."
     inner:object=field(default_factory=Lookahead) # Refinement of each single direction
-    def __call__(self, m, V):
+    def __call__(self, m, V, G):
         chosen,steps,now = [],[],m
         for _ in range(len(V)):
-            v = self.inner(now, top_directions_of(now,1)[2])
-            steps.append(_best_step(m, steps, chosen, v, -_unit(gradient_in(now,v))))
+            sigma,u,v = top_directions_of(now, 1)
+            v,g = self.inner(now, v, sigma[:,None]*u)
+            steps.append(_best_step(m, steps, chosen, v, -_unit(g)))
             chosen.append(v)
             now = with_neurons(m, torch.cat(steps), torch.cat(chosen))
-        return torch.cat(chosen)
+        V = torch.cat(chosen)
+        return V,gradient_in(m,V)
 
 #| export
 def _best_step(m, steps, chosen, v, u):
@@ -163,10 +170,10 @@ def _best_step(m, steps, chosen, v, u):
     return trials[min(range(len(trials)), key=lambda i: losses[i] if losses[i]==losses[i] else float('inf'))]
 
 #| export
-def _outgoing_proposal(m, V, sigma, length):
-    "Incoming zero, outgoing directions `V` with the lengths of `length`."
-    V = V*length(m, V, sigma, Outgoing())[:,None]
-    return Proposal(V.new_zeros(len(V),m.rows), V, sigma, gradient_in(m,V).norm().item())
+def _outgoing_proposal(m, V, G, sigma, length):
+    "Incoming zero, outgoing directions `V` with the lengths of `length`; `G` is M V."
+    lengths = length(m, V, sigma, Outgoing())[:,None]
+    return Proposal(V.new_zeros(len(V),m.rows), V*lengths, sigma, (G*lengths).norm().item())
 
 @dataclass
 class GradMax:
@@ -174,8 +181,8 @@ class GradMax:
     refine:object=field(default_factory=SignRule) # `AsComputed`, `SignRule`, `Lookahead` or `Sequential`
     length:object=field(default_factory=MeanNorm) # Length rule
     def propose(self, m, k):
-        sigma,_,V = top_directions_of(m, k)
-        return _outgoing_proposal(m, self.refine(m,V), sigma, self.length)
+        sigma,U,V = top_directions_of(m, k)
+        return _outgoing_proposal(m, *self.refine(m, V, sigma[:,None]*U), sigma, self.length)
 
 #| export
 @dataclass
@@ -252,7 +259,8 @@ class RandomGrowth:
     def directions(self, m, k): return _gaussian(m, k, m.cols)
     def propose(self, m, k):
         V = self.directions(m, k)
-        return _outgoing_proposal(m, V, gradient_in(m,V).norm(dim=1), self.length)
+        G = gradient_in(m, V)
+        return _outgoing_proposal(m, V, G, G.norm(dim=1), self.length)
 
 @dataclass
 class OfficialRandom(RandomGrowth):
@@ -290,7 +298,8 @@ class GradMaxOpt:
     length:object=field(default_factory=MeanNorm) # Length rule
     def propose(self, m, k):
         V, = _adam(lambda V: -gradient_in(m,V).norm(), [_gaussian(m,k,m.cols)], lambda V: [_unit(V)], self.steps, self.lr)
-        return _outgoing_proposal(m, V, gradient_in(m,V).norm(dim=1), self.length)
+        G = gradient_in(m, V)
+        return _outgoing_proposal(m, V, G, G.norm(dim=1), self.length)
 
 @dataclass
 class MirrorGradMaxOpt(GradMaxOpt):
