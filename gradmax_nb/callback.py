@@ -24,7 +24,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import apply, get_model, num_distrib, set_seed, to_device
+from fastai.torch_core import get_model, num_distrib, set_seed, to_device
 from .growth import grow
 from .measure import as_batches, untouched
 from .schedule import AllSites, Named, OfSeed, allot, neurons
@@ -108,10 +108,13 @@ def _kept(dl):
         for g,s in zip(own,states): g.set_state(s)
 
 # %% ../nbs/06_callback.ipynb #00000016
-def _plain(learn, b):
-    "`b` on the model's device, without fastai's tensor types."
-    b = to_device(b, next(learn.model.parameters()).device)
-    return apply(lambda t: t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t, b)
+def _stripped(b):
+    "`b` without fastai's tensor types, which would end up in the new weights."
+    if isinstance(b, torch.Tensor): return b.as_subclass(torch.Tensor)
+    if isinstance(b, dict): return {k:_stripped(v) for k,v in b.items()}
+    return tuple(_stripped(o) for o in b) if isinstance(b, (tuple,list)) else b
+
+def _plain(learn, b): return _stripped(to_device(b, next(learn.model.parameters()).device))
 
 def _split(learn, b):
     "Inputs and targets of the batch `b`."
@@ -131,7 +134,7 @@ def _loss_func(learn):
     f = learn.loss_func
     owner = getattr(f, '__self__', None)
     if isinstance(owner, MixHandler): f = owner.old_lf
-    return lambda pred,yb: f(pred, *yb) if isinstance(yb, tuple) else f(pred, yb)
+    return lambda pred,yb: _stripped(f(pred, *yb) if isinstance(yb, tuple) else f(pred, yb))
 
 # %% ../nbs/06_callback.ipynb #00000020
 def _grow(learn, sites, ks, method, source, epoch):

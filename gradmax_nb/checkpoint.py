@@ -24,7 +24,7 @@ from .measure import Lift, _cuda_states, _numpy_state
 from .optim import _chains, _states, check_optimizer, optimizer_guard, rebind
 from .surgery import fit_to, surgery_guard
 
-# %% ../nbs/07_checkpoint.ipynb #00000015
+# %% ../nbs/07_checkpoint.ipynb #00000017
 _tags = ('$tensor', '$tuple', '$dict', '$float')
 
 def _store(t, name, tensors):
@@ -37,7 +37,7 @@ def _store(t, name, tensors):
     tensors[name] = torch.empty(t.shape, dtype=t.dtype, device='cpu').copy_(t.detach())
     return name
 
-# %% ../nbs/07_checkpoint.ipynb #00000016
+# %% ../nbs/07_checkpoint.ipynb #00000018
 def _pack(v, name, tensors):
     "`v` as JSON; the tensors in it go into `tensors`, named after their place `name`"
     if not isinstance(v, Tensor) and getattr(v, 'shape', None) == (): v = v.item()  # a NumPy number
@@ -50,7 +50,7 @@ def _pack(v, name, tensors):
     items = [_pack(o, f'{name}/{i}', tensors) for i,o in enumerate(v)]
     return items if isinstance(v, list) else {'$tuple': items}
 
-# %% ../nbs/07_checkpoint.ipynb #00000017
+# %% ../nbs/07_checkpoint.ipynb #00000019
 def _unsavable(v, name):
     what = 'a number of more than 64 bits' if isinstance(v, int) else f'a {type(v).__name__}'
     return ValueError(f'`{name}` is {what}, which has no place in a checkpoint: give None, numbers, strings, tensors, '
@@ -61,7 +61,7 @@ def _pack_dict(d, name, tensors):
     plain = all(isinstance(k, str) for k in d) and not any(k in _tags for k in d)
     return dict(items) if plain else {'$dict': [[_pack(k, name, tensors), v] for k,v in items]}
 
-# %% ../nbs/07_checkpoint.ipynb #00000019
+# %% ../nbs/07_checkpoint.ipynb #0000001b
 def _unpack(text, tensors):
     "The value that `_pack` made into `text`; takes its tensors out of `tensors`"
     decode = {'$tensor': tensors.pop, '$tuple': tuple, '$dict': dict, '$float': float}
@@ -71,14 +71,14 @@ def _unpack(text, tensors):
         return decode[tag](v)
     return json.loads(text, object_hook=untag, parse_int=_whole, parse_float=_finite, parse_constant=_refuse)
 
-# %% ../nbs/07_checkpoint.ipynb #0000001a
+# %% ../nbs/07_checkpoint.ipynb #0000001c
 def _refuse(s): raise ValueError(f'{s[:20]} is not a number that JSON allows here')
 
 def _whole(s): return int(s) if len(s) <= 21 else _refuse(s)
 
 def _finite(s): return v if math.isfinite(v := float(s)) else _refuse(s)
 
-# %% ../nbs/07_checkpoint.ipynb #0000001e
+# %% ../nbs/07_checkpoint.ipynb #00000020
 _key = 'gradmax_nb'
 _mark = f'"{_key}":"'.encode()
 
@@ -90,7 +90,7 @@ def _checksum(data):
     h.update(view[at+64:])
     return at, h.hexdigest().encode()
 
-# %% ../nbs/07_checkpoint.ipynb #0000001f
+# %% ../nbs/07_checkpoint.ipynb #00000021
 def _seal(body, tensors):
     "The bytes of a file with `body` (JSON) and `tensors`"
     text = json.dumps(body, allow_nan=False, separators=(',', ':'))
@@ -101,7 +101,7 @@ def _seal(body, tensors):
     data[at:at+64] = digest
     return bytes(data)
 
-# %% ../nbs/07_checkpoint.ipynb #00000021
+# %% ../nbs/07_checkpoint.ipynb #00000023
 def _write(path, data):
     "Write `data` to `path`: all of it, or leave what was there"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _write(path, data):
         os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../nbs/07_checkpoint.ipynb #00000024
+# %% ../nbs/07_checkpoint.ipynb #00000026
 def _printable(s): return ''.join(c if c.isprintable() else '?' for c in str(s))
 
 def _open(path):
@@ -130,7 +130,7 @@ def _open(path):
     if data[at:at+64] != digest: raise ValueError(f'`{path}` is damaged: its checksum does not match its contents; use another copy')
     return text[64:], tensors
 
-# %% ../nbs/07_checkpoint.ipynb #00000027
+# %% ../nbs/07_checkpoint.ipynb #00000029
 def _fits(v, form):
     "Does the value `v` have the `form`?"
     if form is object: return True
@@ -141,7 +141,7 @@ def _fits(v, form):
     if str in form: return all(type(k) is str and _fits(o, form[str]) for k,o in v.items())
     return v.keys() == form.keys() and all(_fits(v[k], f) for k,f in form.items())
 
-# %% ../nbs/07_checkpoint.ipynb #00000028
+# %% ../nbs/07_checkpoint.ipynb #0000002a
 _none = type(None)
 _model_form = {'kind': str, 'layers': {str: str}, 'parameters': [str], 'features': {str: int}, 'lifts': {str: [{'start': int, 'value': float}]}}
 _slow_form = {'count': int, 'k': int, 'alpha': (int, float), 'weights': (_none, {str: Tensor})}
@@ -149,7 +149,7 @@ _opt_form = {'kinds': [str], 'groups': [{'params': [str], 'hypers': {str: object
 _form = {'format': int, 'model': _model_form, 'optimizer': (_none, [_opt_form]), 'extra': object,
          'history': (_none, [object], {'columns': [object], 'rows': [[object]]})}
 
-# %% ../nbs/07_checkpoint.ipynb #00000029
+# %% ../nbs/07_checkpoint.ipynb #0000002b
 def _read(path):
     "The decoded contents of the checkpoint at `path`, and the tensors of its model by name"
     text, tensors = _open(path)
@@ -161,7 +161,7 @@ def _read(path):
         raise ValueError(f'`{path}` has a header that `save_grown` cannot have written: its entries have the wrong form')
     return body, {n[len('model/'):]: t for n,t in tensors.items()}
 
-# %% ../nbs/07_checkpoint.ipynb #0000002e
+# %% ../nbs/07_checkpoint.ipynb #00000030
 def _lifts(m): return {key: h for key,h in m._forward_hooks.items() if isinstance(h, Lift)}
 
 def _is_bare_norm(m): return type(getattr(m, 'num_features', None)) is int and not any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
@@ -174,7 +174,7 @@ def _model_facts(model):
             'features': {n: m.num_features for n,m in named.items() if _is_bare_norm(m)},
             'lifts': {n: [{'start': int(h.start), 'value': float(h.value)} for h in _lifts(m).values()] for n,m in named.items() if _lifts(m)}}
 
-# %% ../nbs/07_checkpoint.ipynb #00000031
+# %% ../nbs/07_checkpoint.ipynb #00000033
 def _check_tensors(path, model, tensors):
     "Raise a `ValueError` unless `tensors` can be a grown version of `model`"
     now = model.state_dict(keep_vars=True)
@@ -186,13 +186,13 @@ def _check_tensors(path, model, tensors):
         if t.shape[2:] != tensors[n].shape[2:]: raise ValueError(f'`{n}` is {tuple(t.shape)} in the model and {tuple(tensors[n].shape)} in `{path}`: only the first two sizes can grow, so the file holds another model')
     for names in _tied(now): _check_tied(path, names, now, tensors)
 
-# %% ../nbs/07_checkpoint.ipynb #00000032
+# %% ../nbs/07_checkpoint.ipynb #00000034
 def _check_names(path, have, found):
     def listed(names): return ', '.join(f'`{_printable(n)}`' for n in sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
     if have-found: raise ValueError(f'`{path}` has no {listed(have-found)}, which this model needs: build the model that was saved, at its seed size')
     if found-have: raise ValueError(f'`{path}` holds {listed(found-have)}, which this model has not: build the model that was saved, at its seed size')
 
-# %% ../nbs/07_checkpoint.ipynb #00000033
+# %% ../nbs/07_checkpoint.ipynb #00000035
 def _tied(tensors):
     "Lists of the names that stand for one and the same tensor"
     names = {}
@@ -205,7 +205,7 @@ def _check_tied(path, names, now, tensors):
     if any(((first != t) & ~((first != first) & (t != t))).any() for t in (tensors[n] for n in names)):
         raise ValueError(f'{both} are one tensor in the model (tied), but differ in `{path}`: build the model without the tie, as it was saved')
 
-# %% ../nbs/07_checkpoint.ipynb #00000035
+# %% ../nbs/07_checkpoint.ipynb #00000037
 def _widen(model, opt, tensors):
     "Bring `model` to the shapes of `tensors`, the optimizer with it"
     names = {id(p): n for n,p in model.named_parameters()}
@@ -217,7 +217,7 @@ def _load_values(model, tensors):
     try: model.load_state_dict(tensors)
     except RuntimeError as e: raise ValueError(f'the model does not take the tensors of the file: {e}') from e
 
-# %% ../nbs/07_checkpoint.ipynb #00000036
+# %% ../nbs/07_checkpoint.ipynb #00000038
 def _load_facts(path, model, facts):
     "Set the lifts and the sizes of tensor-free norms to those of the file"
     named = dict(model.named_modules())
@@ -230,7 +230,7 @@ def _load_facts(path, model, facts):
         if n not in named or any(not 0 <= o['start'] < 2**31 or not math.isfinite(o['value']) for o in lifts): raise ValueError(f'`{path}` holds a lift for `{_printable(n)}`, which does not fit this model')
         for o in lifts: named[n].register_forward_hook(Lift(o['start'], o['value']))
 
-# %% ../nbs/07_checkpoint.ipynb #00000038
+# %% ../nbs/07_checkpoint.ipynb #0000003a
 def _kind(o):
     "The type of an optimizer and, for fastai's, the steps it is made of"
     steps = ', '.join(_step_name(f) for f in vars(o).get('cbs', ()))
@@ -241,7 +241,7 @@ def _step_name(f):
     f = getattr(f, 'func', f)
     return getattr(f, '__name__', type(f).__name__) + (f"[{', '.join(options)}]" if options else '')
 
-# %% ../nbs/07_checkpoint.ipynb #0000003a
+# %% ../nbs/07_checkpoint.ipynb #0000003c
 def _group_names(model, layers):
     "Per parameter group, the names of its parameters in `model`"
     names = {id(p): n for n,p in model.named_parameters()}
@@ -254,7 +254,7 @@ def _hypers(o):
     "The dicts in which the innermost optimizer `o` keeps its hyper-parameters, one per group"
     return list(vars(o)['hypers'] if 'hypers' in vars(o) else o.param_groups)
 
-# %% ../nbs/07_checkpoint.ipynb #0000003b
+# %% ../nbs/07_checkpoint.ipynb #0000003d
 _lookahead = ('count', 'k', 'alpha')
 
 def _opt_facts(model, layers, where, tensors):
@@ -266,7 +266,7 @@ def _opt_facts(model, layers, where, tensors):
             'states': [_pack_dict(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(_states(layers))],
             'slow': [_pack_dict(_slow_facts(o, names), f'{where}/slow', tensors) for o in layers if 'slow_weights' in vars(o)]}
 
-# %% ../nbs/07_checkpoint.ipynb #0000003c
+# %% ../nbs/07_checkpoint.ipynb #0000003e
 def _by_name(model, state):
     "The non-empty entries of an optimizer's `state` by parameter name, in the order of the model"
     lost = set(map(id, state)) - {id(p) for p in model.parameters()}
@@ -278,7 +278,7 @@ def _slow_facts(o, names):
     weights = None if slow is None else {n: t for ns,ts in zip(names, slow) for n,t in zip(ns, ts)}
     return {**{k: getattr(o, k) for k in _lookahead}, 'weights': weights}
 
-# %% ../nbs/07_checkpoint.ipynb #0000003f
+# %% ../nbs/07_checkpoint.ipynb #00000041
 def _check_opt(path, model, opt, saved):
     "Raise a `ValueError` unless `saved` is the memory of an optimizer like `opt`"
     if not _chains(opt): return
@@ -290,7 +290,7 @@ def _check_opt(path, model, opt, saved):
 
 def _said(kinds): return _printable(', '.join(' around '.join(k) for k in kinds)) or 'no optimizer'
 
-# %% ../nbs/07_checkpoint.ipynb #00000040
+# %% ../nbs/07_checkpoint.ipynb #00000042
 def _check_groups(path, model, layers, s):
     # LBFGS has one flat memory of all parameters, where their order counts
     as_held = list if isinstance(layers[-1], torch.optim.LBFGS) else sorted
@@ -302,7 +302,7 @@ def _check_groups(path, model, layers, s):
         if bad: raise ValueError(f'`{path}` holds an impossible value for the hyper-parameter `{_printable(bad[0])}` of `opt`')
     _check_memory(path, layers, s, {n for g in now for n in g})
 
-# %% ../nbs/07_checkpoint.ipynb #00000041
+# %% ../nbs/07_checkpoint.ipynb #00000043
 def _difference(now, found):
     if len(now) != len(found): return f'{len(now)} against {len(found)} groups'
     i, odd = next(((i, set(a) ^ set(b)) for i,(a,b) in enumerate(zip(now, found)) if set(a) != set(b)), (0, ()))
@@ -316,7 +316,7 @@ def _alike(old, new):
     if isinstance(old, (tuple, list)): return isinstance(new, (tuple, list)) and len(old) == len(new) and all(map(_alike, old, new))
     return True
 
-# %% ../nbs/07_checkpoint.ipynb #00000042
+# %% ../nbs/07_checkpoint.ipynb #00000044
 def _check_memory(path, layers, s, held):
     "Raise unless the states and slow weights in `s` are as many as the optimizer has and belong to parameters it holds"
     slow = [o for o in layers if 'slow_weights' in vars(o)]
@@ -324,14 +324,14 @@ def _check_memory(path, layers, s, held):
     wrong = wrong or any(not set(o) <= held for o in s['states']) or any(o['weights'] is not None and set(o['weights']) != held for o in s['slow'])
     if wrong: raise ValueError(f'`{path}` holds memory that does not belong to the parameters of `opt`: create the optimizer that was saved, or pass opt=None')
 
-# %% ../nbs/07_checkpoint.ipynb #00000044
+# %% ../nbs/07_checkpoint.ipynb #00000046
 def _placed(v, p, keep_on_host=False):
     "`v` with its tensors on the device of the parameter `p`, laid out like `p` where they have its shape"
     if isinstance(v, (list, tuple)): return type(v)(_placed(o, p) for o in v)
     if not isinstance(v, Tensor) or keep_on_host: return v
     return torch.empty_like(p, dtype=v.dtype, requires_grad=False).copy_(v) if v.shape == p.shape else v.to(p.device)
 
-# %% ../nbs/07_checkpoint.ipynb #00000045
+# %% ../nbs/07_checkpoint.ipynb #00000047
 def _load_opt(model, layers, s):
     "Give one optimizer (with its wrappers) the memory and hyper-parameters in `s`"
     names, inner = _group_names(model, layers), layers[-1]
@@ -343,7 +343,7 @@ def _load_opt(model, layers, s):
         for k in _lookahead: setattr(o, k, saved[k])
         o.slow_weights = _slow_weights(saved['weights'], names, {n: p for n,p,_ in held})
 
-# %% ../nbs/07_checkpoint.ipynb #00000046
+# %% ../nbs/07_checkpoint.ipynb #00000048
 def _load_state(state, saved, held):
     state.clear()
     for n,p,h in held:
@@ -358,7 +358,7 @@ def _slow_weights(weights, names, params):
         if t.shape != params[n].shape or t.dtype != params[n].dtype: raise ValueError(f'the slow weight of `{n}` is {tuple(t.shape)} of {t.dtype}, which does not fit the parameter')
     return [[_placed(weights[n], params[n]) for n in ns] for ns in names]
 
-# %% ../nbs/07_checkpoint.ipynb #00000048
+# %% ../nbs/07_checkpoint.ipynb #0000004a
 def _row(o):
     "A growth record as plain values; anything else as it is"
     if not isinstance(o, Growth): return o
@@ -372,7 +372,7 @@ def _history_facts(history, tensors):
     rows = [list(r) for r in history.itertuples(index=False, name=None)]
     return _pack({'columns': list(history.columns), 'rows': rows}, 'history', tensors)
 
-# %% ../nbs/07_checkpoint.ipynb #00000049
+# %% ../nbs/07_checkpoint.ipynb #0000004b
 def _as_history(h):
     "The history in a file as it was given: a list or a data frame"
     if not isinstance(h, dict): return h
@@ -380,14 +380,14 @@ def _as_history(h):
     try: return pd.DataFrame([tuple(r) for r in h['rows']], columns=h['columns'])
     except Exception as e: raise ValueError(f'the history in the file is no table: {_printable(e)}') from e
 
-# %% ../nbs/07_checkpoint.ipynb #0000004b
+# %% ../nbs/07_checkpoint.ipynb #0000004d
 def _events(history):
     "`(site, old width, new width)` of the rows that say so"
     rows = history if isinstance(history, list) else [] if history is None else history.to_dict('records')
     keys = ('site', 'old_width', 'new_width')
     return [tuple(r[k] for k in keys) for r in rows if isinstance(r, dict) and all(k in r for k in keys)]
 
-# %% ../nbs/07_checkpoint.ipynb #0000004c
+# %% ../nbs/07_checkpoint.ipynb #0000004e
 def _lines(c):
     yield f'{c.name}: {c.kind} with {c.params:,} parameters'
     size = max((len(n) for n in c.layers), default=0)
@@ -395,11 +395,11 @@ def _lines(c):
         yield f"  {n:{size}}  {kind:12} {'x'.join(map(str, shape))}" + (f'  (lift from channel {c.lifts[n][0]["start"]})' if c.lifts.get(n) else '')
     for kinds,lrs in c.optimizer: yield f"optimizer: {' around '.join(kinds)}, lr {', '.join(f'{lr:.4g}' for lr in lrs)}"
     events = _events(c.history)
-    if events: yield 'growth: ' + ', '.join(f'{n} {a} -> {b}' for n,a,b in events)
+    if events: yield 'growth: ' + ', '.join(f'{n} ({a} -> {b})' for n,a,b in events)
     elif c.history is not None: yield f'history: {len(c.history)} rows'
     if c.extra is not None: yield 'extra: ' + (', '.join(map(str, c.extra)) if isinstance(c.extra, dict) else type(c.extra).__name__)
 
-# %% ../nbs/07_checkpoint.ipynb #0000004d
+# %% ../nbs/07_checkpoint.ipynb #0000004f
 @dataclass(repr=False)
 class Checkpoint:
     "What a checkpoint file holds besides the values of weights and moments."
@@ -417,7 +417,7 @@ class Checkpoint:
     @property
     def widths(self)->dict: return {n: s[0] for n,(_,s) in self.layers.items() if len(s) > 1}
 
-# %% ../nbs/07_checkpoint.ipynb #0000004e
+# %% ../nbs/07_checkpoint.ipynb #00000050
 def _lr(hypers):
     lr = hypers.get('lr')
     if isinstance(lr, Tensor) and lr.numel() == 1 and lr.is_floating_point(): lr = lr.item()
@@ -431,7 +431,7 @@ def _checkpoint(path, body, tensors):
     return Checkpoint(Path(path).name, m['kind'], {n: (k, shapes.get(n, ())) for n,k in m['layers'].items()},
                       sum(tensors[n].numel() for n in m['parameters'] if n in tensors), opts, m['lifts'], _as_history(body['history']), body['extra'])
 
-# %% ../nbs/07_checkpoint.ipynb #00000050
+# %% ../nbs/07_checkpoint.ipynb #00000052
 def save_grown(
     path,             # File to write, by convention `*.safetensors`; replaced in one step if it exists
     model:nn.Module,  # Model, grown or not
@@ -449,7 +449,7 @@ def save_grown(
     _write(path, _seal(body, tensors))
     return path
 
-# %% ../nbs/07_checkpoint.ipynb #00000053
+# %% ../nbs/07_checkpoint.ipynb #00000055
 @contextmanager
 def _values_guard(model):
     "If the block raises, put back the values of the tensors that `model` has now"
@@ -460,7 +460,7 @@ def _values_guard(model):
             for t,v in kept: t.copy_(v)
         raise
 
-# %% ../nbs/07_checkpoint.ipynb #00000054
+# %% ../nbs/07_checkpoint.ipynb #00000056
 def load_grown(
     path,             # File written by `save_grown`
     model:nn.Module,  # The model as it was built, at seed size (or grown, up to the size in the file); changed in place
@@ -480,14 +480,14 @@ def load_grown(
             check_optimizer(layers[0], model, params=[p for g in layers[-1].param_groups for p in g['params']])
         return _checkpoint(path, body, tensors)
 
-# %% ../nbs/07_checkpoint.ipynb #0000005a
+# %% ../nbs/07_checkpoint.ipynb #0000005c
 def peek_grown(
     path # File written by `save_grown`
 )->Checkpoint:
     "What the file holds, without a model: layers and their sizes, optimizer, history."
     return _checkpoint(path, *_read(path))
 
-# %% ../nbs/07_checkpoint.ipynb #00000060
+# %% ../nbs/07_checkpoint.ipynb #00000062
 def rng_state()->dict: # Plain values and tensors, for `save_grown(..., extra=...)`
     "The state of the generators of torch, Python and NumPy, and of CUDA where it is in use."
     state = {'torch': torch.get_rng_state(), 'python': random.getstate()}
@@ -496,7 +496,7 @@ def rng_state()->dict: # Plain values and tensors, for `save_grown(..., extra=..
     if numpy is not None: state['numpy'] = (numpy[1][0], numpy[1][1].tolist(), *numpy[1][2:])
     return state
 
-# %% ../nbs/07_checkpoint.ipynb #00000061
+# %% ../nbs/07_checkpoint.ipynb #00000063
 def _set_rng(state):
     torch.set_rng_state(state['torch'])
     random.setstate(state['python'])

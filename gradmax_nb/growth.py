@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradmax_nb.measure import (Lift, apply_layer, incoming_weight, lift_of, measure, outgoing_weights, settle, untouched, zero_buds,
     _base, _loss, _pad, _z_shape, as_batches)
 from gradmax_nb.optim import check_optimizer, learning_rates, optimizer_guard, rebind
-from gradmax_nb.sites import NewNeurons, Site, as_inputs, evaluating, make_buds, on, run_path, widen
+from gradmax_nb.sites import NewNeurons, Site, as_inputs, evaluating, make_buds, run_path, widen
 from gradmax_nb.surgery import surgery_guard
 
 #| export
@@ -69,12 +69,13 @@ def _request(model, site, k):
     for n in ks:
         if isinstance(n,bool) or not isinstance(n,int) or n<1: raise ValueError(f"k must be a whole number of at least 1, got {n!r}")
     if len({s.name for s in sites})<len(sites): raise ValueError("a site is listed twice: grow it once with the larger k")
-    return [on(s,model) for s in sites],ks
+    return [s.on(model) for s in sites],ks
 
 #| export
 def _check_trainable(site):
-    "Refuse frozen layers."
+    "Refuse frozen and half-precision layers."
     for name,m in ((site.name,site.producer),*zip((r.name for r in site.readers),site.consumers)):
+        if m.weight.dtype not in (torch.float32,torch.float64): raise ValueError(f"`{name}` has {m.weight.dtype} weights, too coarse to measure growth with; keep the weights in float32 and train under autocast")
         if not m.weight.requires_grad: raise ValueError(f"`{name}` is frozen (requires_grad=False), so new weights there would never learn; unfreeze it before growing `{site.name}`")
 
 #| export
@@ -137,7 +138,7 @@ def measured_norm(
     loss_func   # The same loss
 )->float:
     "Gradient norm of the new weights that start at zero, by autograd on the grown model."
-    site,k = rec.site,rec.new_width-rec.old_width
+    site = rec.site
     weights = [c.weight for c in site.consumers] if rec.mirror else [site.producer.weight]
     with untouched(site.model), torch.enable_grad():
         pairs = as_batches(batch)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from gradmax_nb.sites import Site, apply_bud, as_inputs, make_buds, on, run_path
+from gradmax_nb.sites import Site, apply_bud, as_inputs, make_buds, run_path
 
 #| export
     # Spelled out per dimension: torch has no convolution that works for any number of them.
@@ -429,7 +429,7 @@ def measure(
     lr:float=None         # Learning rate of the optimizer, for length rules that ask for it
 )->list:                  # One `Measurement` per site
     "Measure all `sites` in one forward and backward pass per batch, without a trace."
-    sites,pairs = [on(s,model) for s in sites],None
+    sites = [s.on(model) for s in sites]
     with untouched(model), torch.autocast(_device(model).type, enabled=False):
         pairs = as_batches(batch)
         return _measure(model, sites, pairs, loss_func, lr, [_seed(s) for s in sites])
@@ -456,7 +456,7 @@ def top_singular(
     backward,           # `U (b, rows) -> (b, cols)`: M' U
     start:torch.Tensor, # First block of the incoming side, orthonormal rows `(b, rows)`
     k:int,              # Number of singular triples, at most `b`
-    tol:float=.01,      # Stop when the sum of the k largest squares grew by less than this fraction in one iteration; the error left is far smaller
+    tol:float=.03,      # Stop when the sum of the k largest squares grew by less than this fraction in one iteration; what is left is about a tenth of it
     max_iter:int=6      # And at the latest here
 )->tuple:               # `sigma (k,)`, `U (k, rows)`, `V (k, cols)`, with M V = sigma U exactly
     "Leading singular triples of a matrix that is only known by its products."
@@ -619,7 +619,7 @@ def _decompose(M, k, seed):
         U,sigma,Vh = torch.linalg.svd(M, full_matrices=False)
         return sigma[:k],U[:,:k].T,Vh[:k]
     start = torch.randn(min(k+16,*M.shape), len(M), generator=torch.Generator().manual_seed(seed)).to(M)
-    return top_singular(lambda V: V@M.T, lambda U: U@M, _orthonormal(start,None), k, tol=1e-9, max_iter=60)
+    return top_singular(lambda V: V@M.T, lambda U: U@M, _orthonormal(start,None), k, tol=10*torch.finfo(M.dtype).eps, max_iter=60)
 
 def leading_directions(
     m:Measurement,          # Site

@@ -3,7 +3,7 @@ import operator
 from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -54,16 +54,14 @@ class Site:
     @property
     def layers(self)->list: return [s.layer for s in self.path if s.layer]
 
-#| export
-def on(
-    site:Site,      # Site found on some model
-    model:nn.Module # That model, or a copy or reload of it
-)->Site:
-    "The same site on another copy of its model."
-    names = {n for n,_ in model.named_modules()}
-    missing = [n for n in (site.name, *site.layers, *(r.name for r in site.readers)) if n not in names]
-    if missing: raise ValueError(f"site `{site.name}` does not belong to this {type(model).__name__}: it has no layer `{missing[0]}`; call find_sites on this model")
-    return site if site.model is model else Site(site.name, site.path, site.readers, model)
+    def on(self,
+        model:nn.Module # The model it was found in, or a copy or reload of it
+    ):
+        "The same site on another copy of its model; raises `ValueError` if a layer is missing there."
+        names = {n for n,_ in model.named_modules()}
+        missing = [n for n in (self.name, *self.layers, *(r.name for r in self.readers)) if n not in names]
+        if missing: raise ValueError(f"site `{self.name}` does not belong to this {type(model).__name__}: it has no layer `{missing[0]}`; call find_sites on this model")
+        return self if self.model is model else replace(self, model=model)
 
 #| export
 @dataclass(frozen=True)
@@ -423,7 +421,7 @@ def _unchanged(model, sites, xb):
     with torch.no_grad():
         before = _tensors(copy(*as_inputs(xb)))
         try:
-            for s in sites: widen(on(s,copy), _trial(on(s,copy)))
+            for s in sites: widen(s.on(copy), _trial(s.on(copy)))
             after = _tensors(copy(*as_inputs(xb)))
         except Exception as e: return f"growing a copy of the model there failed: {type(e).__name__}: {str(e).splitlines()[0]}"
     for a,b in zip(before,after):
@@ -440,7 +438,7 @@ def check_site(
     xb               # Example input
 )->Site:
     "Prove that `model` can grow at `site`: returns the site, or raises `ValueError` with what went wrong."
-    problem = _unchanged(model, [on(site,model)], xb)
+    problem = _unchanged(model, [site.on(model)], xb)
     if problem: raise ValueError(f"`{site.name}` is not a site: {problem}")
     return site
 
@@ -505,10 +503,11 @@ def run_path(
     site:Site,      # Where
     z:torch.Tensor, # Outputs of the producer for `k` new neurons: `(n, k, ...)`, or `(..., k)` for a Linear
     buds:dict,      # Layer name -> bud with `k` channels, see `make_buds`
-    lifts:dict={},  # Layer name -> constant added to that layer's output
-    cuts:dict={}    # Layer name -> function of its input and output that gives what goes on instead
+    lifts:dict=None,# Layer name -> constant added to that layer's output
+    cuts:dict=None  # Layer name -> function of its input and output that gives what goes on instead
 )->list:            # What each reader would receive from the new neurons
     "The channel-wise path between producer and readers, for new neurons only."
+    lifts,cuts = lifts or {},cuts or {}
     values = [z.clone()] # a clone, because activations may work in place
     for s in site.path:
         args,kwargs = fx.node.map_aggregate((s.args,s.kwargs), lambda a: values[a.index] if isinstance(a, Ref) else a)

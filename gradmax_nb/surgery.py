@@ -1,4 +1,5 @@
 #| export
+from collections import Counter
 from contextlib import contextmanager
 from functools import singledispatch
 import torch
@@ -163,29 +164,38 @@ def _refill(table, entries):
 
 #| export
 def _new_shapes(model, state_dict):
-    "`(module, kind, name, shape)` of every tensor of `model` that has another shape in `state_dict`."
+    "`(key, module, table, name, shape)` of every tensor of `model` that has another shape in `state_dict`."
     for prefix,m in model.named_modules():
         for table in (m._parameters, m._buffers):
             for n,t in table.items():
                 key = f'{prefix}.{n}' if prefix else n
                 if t is not None and key in state_dict and t.shape!=state_dict[key].shape: yield key,m,table,n,state_dict[key].shape
 
+def _check_growth(model, todo):
+    "Refuse shapes that growth cannot have made."
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    for key,_,table,n,shape in todo:
+        now = table[n].shape
+        if len(now)!=len(shape) or any(a>b for a,b in zip(now,shape)) or now[2:]!=shape[2:]:
+            raise ValueError(f"`{key}` is {tuple(now)} in the model and {tuple(shape)} in the file: not a grown version of this model; build the model with the seed widths of the saved run")
+        if owners[id(table[n])]>1: raise ValueError(f"`{key}` is shared with another layer (tied weights), which growth never widens; load the file into the model it was saved from")
+
 #| export
 def fit_to(
     model:nn.Module, # Model at its seed size, or anywhere between it and the size in the file
     state_dict:dict  # Tensors by name, as in `model.state_dict()`
 )->list:             # Swaps: `(old, new)` parameters
-    "Widen the layers of `model` in place to the shapes in `state_dict`; raises `ValueError`, naming the tensor, where that is not growth."
+    "Widen the layers of `model` in place to the shapes in `state_dict`; all or nothing. `ValueError` names a tensor that growth cannot have made, `TypeError` a layer without a rule."
     todo,swaps = list(_new_shapes(model, state_dict)),[]
-    for key,m,_,_,shape in todo:
-        now = m.state_dict()[key.rpartition('.')[2]].shape
-        if len(now)!=len(shape) or any(a>b for a,b in zip(now,shape)):
-            raise ValueError(f"`{key}` is {tuple(now)} in the model and {tuple(shape)} in the file: not a grown version of this model; build the model with the seed widths of the saved run")
+    _check_growth(model, todo)
     with surgery_guard(model):
         for _,m,table,n,shape in todo:
             value = torch.zeros(shape, dtype=table[n].dtype, device=table[n].device).contiguous(memory_format=_memory_format(table[n]))
             value[tuple(slice(s) for s in table[n].shape)] = table[n].detach()
             if table is m._parameters: swaps.append(_swap(m, n, value))
             else: table[n] = value
-        for m in {id(m):m for _,m,*_ in todo}.values(): sync_sizes(m)
+        for key,m in {id(m):(k,m) for k,m,*_ in todo}.values():
+            sync_sizes(m)
+            sizes = {n:len(t) for n,t in (*m._parameters.items(),*m._buffers.items()) if t is not None and t.dim()}
+            if len(set(sizes.values()))>1: raise ValueError(f"the file gives the layer of `{key}` tensors of different lengths ({sizes}); it was not saved from a grown model")
     return swaps
