@@ -1,8 +1,8 @@
 from .theory import *
 from .surgery import *
 from .optim import *
-from .sites import *
-from .measure import *
+from .sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
+from .measure import Measurement, measure
 from .methods import *
 from .growth import *
 from .schedule import *

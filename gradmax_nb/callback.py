@@ -8,8 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['GrowthLog', 'TrainBatches', 'GrowthCallback']
 
-# %% ../nbs/06_callback.ipynb #00000003
-import random, time, warnings
+# %% ../nbs/06_callback.ipynb #00000005
+import time, warnings
 import pandas as pd
 import torch
 from contextlib import contextmanager
@@ -17,7 +17,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from fastcore.basics import patch
-from torch import nn
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -30,7 +29,7 @@ from .measure import as_batches, untouched
 from .schedule import AllSites, Named, OfSeed, allot, neurons
 from .sites import Site, find_sites
 
-# %% ../nbs/06_callback.ipynb #0000000e
+# %% ../nbs/06_callback.ipynb #00000010
 _columns = 'step epoch site old_width new_width predicted loss sigma method params seconds'.split()
 
 class GrowthLog:
@@ -49,7 +48,7 @@ class GrowthLog:
 
     def __repr__(self): return f"GrowthLog({len(self.rows)} growths in {self.steps} steps)"
 
-# %% ../nbs/06_callback.ipynb #0000000f
+# %% ../nbs/06_callback.ipynb #00000011
 @patch
 def seed(self:GrowthLog,
     site:Site # A site of the learner's model
@@ -68,13 +67,13 @@ def add(self:GrowthLog,
     self.rows += [dict(step=self.steps, epoch=epoch, site=r.site.name, old_width=r.old_width, new_width=r.new_width, predicted=r.predicted,
                        loss=r.loss, sigma=r.sigma.tolist(), method=str(r.method), params=n, seconds=seconds) for r in records]
 
-# %% ../nbs/06_callback.ipynb #00000010
+# %% ../nbs/06_callback.ipynb #00000012
 def _log(learn):
     "The log of `learn`; begins one if there is none."
     if not isinstance(vars(learn).get('growth'), GrowthLog): learn.growth = GrowthLog()
     return learn.growth
 
-# %% ../nbs/06_callback.ipynb #00000012
+# %% ../nbs/06_callback.ipynb #00000014
 @dataclass(frozen=True)
 class TrainBatches:
     "Growth batches drawn from the training data."
@@ -88,7 +87,7 @@ class TrainBatches:
             batches = list(islice(_loader(dl, self.bs), self.n))
         return [_split(learn, b) for b in batches]
 
-# %% ../nbs/06_callback.ipynb #00000013
+# %% ../nbs/06_callback.ipynb #00000015
 def _loader(dl, bs):
     "A second loader over the training data, in this process."
     if isinstance(dl, DataLoader): return dl.new(num_workers=0, shuffle=bool(dl.indexed), drop_last=False, **({} if bs is None else {'bs':bs}))
@@ -96,7 +95,7 @@ def _loader(dl, bs):
     sampler = None if isinstance(dl.dataset, torch.utils.data.IterableDataset) else dl.sampler
     return torch.utils.data.DataLoader(dl.dataset, batch_size=bs or dl.batch_size, sampler=sampler, collate_fn=dl.collate_fn)
 
-# %% ../nbs/06_callback.ipynb #00000014
+# %% ../nbs/06_callback.ipynb #00000016
 @contextmanager
 def _kept(dl):
     "Restore the generators that belong to a PyTorch loader and its sampler."
@@ -107,7 +106,7 @@ def _kept(dl):
     finally:
         for g,s in zip(own,states): g.set_state(s)
 
-# %% ../nbs/06_callback.ipynb #00000016
+# %% ../nbs/06_callback.ipynb #00000018
 def _stripped(b):
     "`b` without fastai's tensor types, which would end up in the new weights."
     if isinstance(b, torch.Tensor): return b.as_subclass(torch.Tensor)
@@ -123,12 +122,12 @@ def _split(learn, b):
     if not yb: raise ValueError("the training data have no targets, so there is no loss to grow by: pass the growth batch yourself, GrowthCallback(..., batch=(xb, yb))")
     return (xb[0] if len(xb)==1 else xb), (yb[0] if len(yb)==1 else yb)
 
-# %% ../nbs/06_callback.ipynb #00000017
+# %% ../nbs/06_callback.ipynb #00000019
 def _pairs(learn, source):
     "Growth batches from a source: `TrainBatches()` or another function of the learner, a pair, or an iterable of pairs."
     return [(_plain(learn,xb),_plain(learn,yb)) for xb,yb in as_batches(source(learn) if callable(source) else source)]
 
-# %% ../nbs/06_callback.ipynb #0000001e
+# %% ../nbs/06_callback.ipynb #00000020
 def _loss_func(learn):
     "The learner's loss as a function of predictions and a target or a tuple of them."
     f = learn.loss_func
@@ -136,7 +135,7 @@ def _loss_func(learn):
     if isinstance(owner, MixHandler): f = owner.old_lf
     return lambda pred,yb: _stripped(f(pred, *yb) if isinstance(yb, tuple) else f(pred, yb))
 
-# %% ../nbs/06_callback.ipynb #00000020
+# %% ../nbs/06_callback.ipynb #00000022
 def _grow(learn, sites, ks, method, source, epoch):
     "Grow `sites`, in training mode, and log it."
     model,start = get_model(learn.model),time.perf_counter()
@@ -148,7 +147,7 @@ def _grow(learn, sites, ks, method, source, epoch):
     _log(learn).add(records, epoch, time.perf_counter()-start)
     return records
 
-# %% ../nbs/06_callback.ipynb #00000021
+# %% ../nbs/06_callback.ipynb #00000023
 @patch
 def grow(self:Learner,
     site,                # A `Site`, the name of one, or a list of either
@@ -166,7 +165,7 @@ def grow(self:Learner,
     records = _grow(self, wanted, k, method, iter(pairs), None)
     return records if many else records[0]
 
-# %% ../nbs/06_callback.ipynb #00000028
+# %% ../nbs/06_callback.ipynb #0000002a
 class GrowthCallback(Callback):
     "Grow the model while it trains."
     order,run_valid,remove_on_fetch,_only_train_loop = Recorder.order+1,False,True,True
@@ -182,126 +181,127 @@ class GrowthCallback(Callback):
             if isinstance(value,type) or not hasattr(value,need): raise TypeError(f"{value!r} has no `{need}`: pass an object such as {hint}")
         self.method,self.when,self.where,self.k,self.max_width = method,when,where,k,max_width
         self.batch = list(batch) if hasattr(batch,'__next__') else batch
-        self.state,self.log,self.found,self.warned,self.reset = dict(step=0, events=0, owed=False, when=when.begin()),None,None,set(),[]
-        self.fresh,self.stepped,self.column,self.trained = True,False,False,False
+        self.state = dict(step=0, events=0, owed=False, when=when.begin())
+        self._record,self._found,self._warned,self._stale = None,None,set(),[]
+        self._fresh,self._stepped,self._column,self._trained = True,False,False,False
 
     @property
     def name(self): return 'growth_callback' # `learn.growth` is the log
 
-# %% ../nbs/06_callback.ipynb #0000002c
+# %% ../nbs/06_callback.ipynb #0000002e
 @patch
 def before_fit(self:GrowthCallback):
     "Find the log, and announce the column of the table."
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     if not self.run: return
     self._connect()
-    self.reset,self.trained,self.column = [],False,False
+    self._stale,self._trained,self._column = [],False,False
     names = getattr(getattr(self.learn,'recorder',None), 'metric_names', None)
     if names is None or 'params' in names: return
-    self.column,i = True,len(names)-bool(self.learn.recorder.add_time)
+    self._column,i = True,len(names)-bool(self.learn.recorder.add_time)
     self.learn.recorder.metric_names = names[:i]+['params']+names[i:]
-
-# %% ../nbs/06_callback.ipynb #0000002d
-@patch
-def _connect(self:GrowthCallback):
-    "Take the learner's log, or bring one along from `load_state_dict`."
-    if self.fresh:
-        if self.log is None: self.log = _log(self.learn)
-        self.learn.growth,self.fresh = self.log,False
-    elif vars(self.learn).get('growth') is not self.log:
-        raise ValueError("this GrowthCallback has been used with another learner, whose steps it has counted: make a new one for each learner")
 
 # %% ../nbs/06_callback.ipynb #0000002f
 @patch
-def before_train(self:GrowthCallback):
-    "Refuse set-ups in which growth would go wrong."
-    self.trained = True
-    if num_distrib()>1: raise ValueError(f"growing inside a distributed fit ({num_distrib()} processes) is not supported: fit without GrowthCallback and call learn.grow between fits, on every process with the same seed and the same batch")
-    if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs): raise ValueError("NonNativeMixedPrecision trains a copy of the parameters, which growth cannot follow: use learn.to_fp16() or learn.to_bf16()")
+def _connect(self:GrowthCallback):
+    "Take the learner's log, or bring one along from `load_state_dict`."
+    if self._fresh:
+        if self._record is None: self._record = _log(self.learn)
+        self.learn.growth,self._fresh = self._record,False
+    elif vars(self.learn).get('growth') is not self._record:
+        raise ValueError("this GrowthCallback has been used with another learner, whose steps it has counted: make a new one for each learner")
 
 # %% ../nbs/06_callback.ipynb #00000031
 @patch
-def before_batch(self:GrowthCallback): self.stepped = False
+def before_train(self:GrowthCallback):
+    "Refuse set-ups in which growth would go wrong."
+    self._trained = True
+    if num_distrib()>1: raise ValueError(f"growing inside a distributed fit ({num_distrib()} processes) is not supported: fit without GrowthCallback and call learn.grow between fits, on every process with the same seed and the same batch")
+    if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs): raise ValueError("NonNativeMixedPrecision trains a copy of the parameters, which growth cannot follow: use learn.to_fp16() or learn.to_bf16()")
+
+# %% ../nbs/06_callback.ipynb #00000033
+@patch
+def before_batch(self:GrowthCallback): self._stepped = False
 
 @patch
-def after_step(self:GrowthCallback): self.stepped = True
+def after_step(self:GrowthCallback): self._stepped = True
 
 @patch
 def after_batch(self:GrowthCallback):
     "Count the step; grow if growth is due and no partial gradient is waiting."
     self._find()
     self.state['step'] += 1
-    self.log.steps += 1
+    if next(cb for cb in self.learn.cbs if isinstance(cb, GrowthCallback)) is self: self._record.steps += 1
     due = self.when.due(self.state['when'], self.state['step'], self.learn.loss.detach())
     self.state['owed'] = self.state['owed'] or due
-    if not (self.state['owed'] and self.stepped): return
+    if not (self.state['owed'] and self._stepped): return
     self._event()
     self.state.update(owed=False, events=self.state['events']+1)
 
-# %% ../nbs/06_callback.ipynb #00000032
+# %% ../nbs/06_callback.ipynb #00000034
 @patch
 def _find(self:GrowthCallback):
     "Find the sites of the learner's model, once, and check the numbers given for them."
     model = get_model(self.learn.model)
     model = getattr(model, '_orig_mod', model)
-    if self.found and self.found[0].model is model: return
+    if self._found and self._found[0].model is model: return
     with untouched(model): sites,refused = find_sites(model, _plain(self.learn, tuple(self.learn.xb)))
-    self.found = self.where.among(sites, refused)
-    if not self.found: raise ValueError("this model has no place to grow:\n" + '\n'.join(f'  {r}' for r in refused))
+    self._found = self.where.among(sites, refused)
+    if not self._found: raise ValueError("this model has no place to grow:\n" + '\n'.join(f'  {r}' for r in refused))
     if isinstance(self.max_width, dict): Named(*self.max_width).among(sites, refused)
-    for s in self.found: neurons(self.k, s.name, self.log.seed(s))
+    for s in self._found: neurons(self.k, s.name, self._record.seed(s))
     self._trainable()
 
-# %% ../nbs/06_callback.ipynb #00000034
+# %% ../nbs/06_callback.ipynb #00000036
 @patch
 def _trainable(self:GrowthCallback):
     "The sites that are not frozen; warns once about the others."
-    frozen = [s.name for s in self.found if not all(m.weight.requires_grad for m in (s.producer,*s.consumers))]
-    if len(frozen)==len(self.found): raise ValueError(f"every site is frozen ({', '.join(frozen)}): call learn.unfreeze(), or fit without GrowthCallback")
-    if new := [n for n in frozen if n not in self.warned]: warnings.warn(f"frozen layers are not grown: {', '.join(new)}")
-    self.warned.update(frozen)
-    return [s for s in self.found if s.name not in frozen]
+    frozen = [s.name for s in self._found if not all(m.weight.requires_grad for m in (s.producer,*s.consumers))]
+    if len(frozen)==len(self._found): raise ValueError(f"every site is frozen ({', '.join(frozen)}): call learn.unfreeze(), or fit without GrowthCallback")
+    if new := [n for n in frozen if n not in self._warned]: warnings.warn(f"frozen layers are not grown: {', '.join(new)}")
+    self._warned.update(frozen)
+    return [s for s in self._found if s.name not in frozen]
 
-# %% ../nbs/06_callback.ipynb #00000035
+# %% ../nbs/06_callback.ipynb #00000037
 @patch
 def _event(self:GrowthCallback):
     "One growth event."
     sites = self._trainable()
-    widths,seeds = {s.name:s.width for s in sites},{s.name:self.log.seed(s) for s in sites}
+    widths,seeds = {s.name:s.width for s in sites},{s.name:self._record.seed(s) for s in sites}
     turn = allot(sites, self.state['events'], widths, seeds, self.where, self.k, self.max_width)
     if not turn: return
     _grow(self.learn, [s for s,_ in turn], [n for _,n in turn], self.method, self.batch, self.learn.epoch)
     self._forget_best()
 
-# %% ../nbs/06_callback.ipynb #00000037
+# %% ../nbs/06_callback.ipynb #00000039
 def _worst(cb): return float('inf') if cb.comp(0,1) else -float('inf')
 
 @patch
 def _forget_best(self:GrowthCallback):
     "Let models of the new size compete among themselves."
-    self.reset = [cb for cb in self.learn.cbs if isinstance(cb, SaveModelCallback)]
-    for cb in self.reset: cb.best = _worst(cb)
+    self._stale = [cb for cb in self.learn.cbs if isinstance(cb, SaveModelCallback)]
+    for cb in self._stale: cb.best = _worst(cb)
 
 @patch
 def after_fit(self:GrowthCallback):
     "Keep `SaveModelCallback` from loading a file of another size."
-    for cb in self.reset:
+    for cb in self._stale:
         if cb.every_epoch or cb.at_end or cb.best!=_worst(cb): continue
         cb.run = False # fastai sets it back at the end of this event
         warnings.warn(f"the model has grown since `{cb.fname}` was saved, so that file is not loaded and the present model is kept; to look at the saved one, load it into a model of the size it had")
 
-# %% ../nbs/06_callback.ipynb #00000039
+# %% ../nbs/06_callback.ipynb #0000003b
 @patch
 def after_validate(self:GrowthCallback):
     "Add the number of parameters to the Recorder's row."
-    if not (self.column and self.trained) or self.learn.recorder.cancel_valid: return
+    if not (self._column and self._trained) or self.learn.recorder.cancel_valid: return
     self.learn.recorder.log.append(sum(p.numel() for p in self.learn.model.parameters()))
 
-# %% ../nbs/06_callback.ipynb #0000003b
+# %% ../nbs/06_callback.ipynb #0000003d
 @patch
 def state_dict(self:GrowthCallback)->dict:
     "Everything a new callback needs to go on: counts, the schedule's memory, the log."
-    log = self.log or GrowthLog()
+    log = self._record or GrowthLog()
     return dict(deepcopy(self.state), rows=deepcopy(log.rows), steps=log.steps)
 
 @patch
@@ -310,10 +310,10 @@ def load_state_dict(self:GrowthCallback,
 )->GrowthCallback:
     "Go on where another callback stopped; in the next fit the log becomes the learner's."
     self.state = {n:deepcopy(state[n]) for n in ('step','events','owed','when')}
-    self.log,self.fresh = GrowthLog(deepcopy(state['rows']), state['steps']),True
+    self._record,self._fresh = GrowthLog(deepcopy(state['rows']), state['steps']),True
     return self
 
-# %% ../nbs/06_callback.ipynb #0000003d
+# %% ../nbs/06_callback.ipynb #0000003f
 @patch
 def plot_growth(self:Learner, **kwargs):
     "Training loss of the last fit, with marks where the model grew."

@@ -615,7 +615,7 @@ def _first_block(m, block, k, whiten):
 
 def _decompose(M, k, seed):
     "Leading triples of a matrix at hand; iterated to rounding where a full decomposition would cost more than the training step."
-    if min(M.shape)<=128:
+    if min(M.shape)<=192:
         U,sigma,Vh = torch.linalg.svd(M, full_matrices=False)
         return sigma[:k],U[:,:k].T,Vh[:k]
     start = torch.randn(min(k+16,*M.shape), len(M), generator=torch.Generator().manual_seed(seed)).to(M)

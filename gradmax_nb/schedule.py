@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['EveryN', 'event_steps', 'OnPlateau', 'AllSites', 'Named', 'RoundRobin', 'OfSeed', 'neurons', 'room', 'allot',
+__all__ = ['EveryN', 'event_steps', 'OnPlateau', 'AllSites', 'Named', 'RoundRobin', 'OfSeed', 'neurons', 'allot',
            'planned_widths']
 
 # %% ../nbs/05_schedule.ipynb #00000003
@@ -141,7 +141,7 @@ def neurons(
     return neurons(rule[name], name, seed)
 
 # %% ../nbs/05_schedule.ipynb #00000030
-def room(
+def _room(
     name:str,  # Name of a site
     width:int, # Its present width
     seed:int,  # Its seed width
@@ -162,7 +162,7 @@ def allot(
     max_width=None  # Limit in the same terms; None: no limit
 )->list:            # `(site, number)` pairs
     "Who grows at this event, and by how many."
-    left = {s.name: room(s.name, widths[s.name], seeds[s.name], max_width) for s in sites}
+    left = {s.name: _room(s.name, widths[s.name], seeds[s.name], max_width) for s in sites}
     turn = where.at([s for s in sites if left[s.name]>0], event)
     return [(s, int(min(neurons(k, s.name, seeds[s.name]), left[s.name]))) for s in turn]
 

@@ -23,7 +23,7 @@ class Step:
     "One channel-wise operation of a path."
     name:str             # Name in the traced graph, for messages
     layer:str|None       # Qualified name of the module it applies, or None
-    fn:object            # Function it applies where `layer` is None
+    fn:object            # Function it applies, where `layer` is None
     args:tuple           # Arguments, with `Ref`s in place of earlier results
     kwargs:dict          # Keyword arguments, likewise
     local:bool=False     # Pointwise: the same function at every position and for every channel
@@ -69,7 +69,7 @@ class Refusal:
     "A layer that cannot grow, with the reason and what to do about it."
     name:str   # Qualified name of the layer
     reason:str # Why not, and the remedy where there is one
-    def __str__(self): return f'{self.name}: {self.reason}'
+    def __str__(self): return f'{self.name or "(the model itself)"}: {self.reason}'
 
 class _Refused(Exception): pass
 
@@ -85,7 +85,7 @@ _spatial_layers = {nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.Av
 _math = 'relu tanh sigmoid exp sin cos erf square sqrt abs neg clamp clamp_min clamp_max maximum minimum where add sub mul div true_divide pow zeros_like ones_like ge gt le lt sign positive'.split()
 _pointwise_functions = {getattr(torch,n) for n in _math} | {getattr(operator,n) for n in 'add sub mul truediv neg pow ge gt le lt iadd isub imul'.split()} | {F.relu, torch.relu_, F.relu6, F.leaky_relu,
     F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, torch.tanh, F.tanh, F.sigmoid, F.softplus, F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.tanhshrink, F.softshrink, F.hardshrink, F.threshold}
-_pointwise_methods = set(_math) | {'relu_','tanh_','sigmoid_','clamp_','contiguous','float','double','clone','detach','add_','mul_'} - {'where','detach'}
+_pointwise_methods = set(_math) | {'relu_','tanh_','sigmoid_','clamp_','contiguous','float','double','to','clone','detach','add_','mul_'} - {'where','detach'}
 _spatial_functions = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.interpolate, F.pad}
 
@@ -134,9 +134,9 @@ def _spatial(o):
     return spot.axis,spot.spread
 
 def _norm(o):
-    "Rule of BatchNorm and InstanceNorm: channels on axis 1, flattened or not."
+    "Rule of BatchNorm, InstanceNorm and PReLU: channels on axis 1, flattened or not."
     spot = _one_spot(o)
-    if spot.axis!=1: raise _Refused(f"`{o.node.target}` normalises axis 1, where this layer's neurons are not")
+    if spot.axis!=1: raise _Refused(f"`{o.node.target}` ({type(o.layer).__name__}) has one parameter for each place along axis 1, where this layer's neurons are not")
     return spot.axis,spot.spread
 
 #| export
@@ -179,19 +179,27 @@ def _squeeze(o):
     if spot.axis in dims: raise _Refused(f"`{o.node.name}` removes the axis of its neurons")
     return spot.axis - sum(d<spot.axis and o.shape[d]==1 for d in dims), spot.spread
 
+def _unsqueeze(o):
+    spot,dim = _one_spot(o),o.node.kwargs.get('dim', o.node.args[-1])
+    return spot.axis + (dim%(len(o.shape)+1)<=spot.axis), spot.spread
+
 _reshapes = {torch.flatten, torch.reshape, nn.Flatten, 'flatten', 'view', 'reshape'}
-_rules = {torch.mean:_mean, 'mean':_mean, torch.sum:_mean, 'sum':_mean, torch.permute:_permute, 'permute':_permute, torch.transpose:_transpose, 'transpose':_transpose, torch.squeeze:_squeeze, 'squeeze':_squeeze}
+_rules = {op:_mean for op in (torch.mean,'mean',torch.sum,'sum',torch.amax,'amax',torch.amin,'amin')} | {torch.unsqueeze:_unsqueeze, 'unsqueeze':_unsqueeze, torch.permute:_permute, 'permute':_permute, torch.transpose:_transpose, 'transpose':_transpose, torch.squeeze:_squeeze, 'squeeze':_squeeze}
 
 #| export
 _sums = {torch.add, operator.add, operator.iadd, 'add', 'add_', torch.sub, operator.sub, 'sub'}
 _products = {torch.mul, operator.mul, operator.imul, 'mul', 'mul_', torch.div, operator.truediv, 'div'}
 _joins = {torch.cat, torch.concat, torch.stack}
+_splits = {torch.chunk, torch.split, torch.unbind, torch.tensor_split, 'chunk', 'split', 'unbind', 'tensor_split', F.glu}
+_norms = {F.layer_norm, F.group_norm, F.local_response_norm, F.normalize}
+_softmaxes = {F.softmax, torch.softmax, 'softmax', F.log_softmax, torch.log_softmax, 'log_softmax', nn.Softmax, nn.LogSoftmax, nn.Softmax2d}
 
 def _mixture(o):
     "Why an operation with tensors from elsewhere ends the walk."
     if o.what in _sums: return f"feeds the addition `{o.node.name}` together with other channels (a residual stream): every writer and reader of that sum would have to grow at once; grow a layer inside the branch instead"
     if o.what in _products: return f"is multiplied in `{o.node.name}` by channels that come from elsewhere, which would have to grow at once; grow a layer inside one of the branches instead"
     if o.what in _joins: return f"is concatenated with other channels in `{o.node.name}`: its neurons would land in the middle of the consumer's inputs; grow a layer inside the branch instead"
+    if o.what in _norms: return _unknown(o)
     return f"meets tensors from elsewhere in `{o.node.name}` ({_label(o.what)}), which its new neurons do not have"
 
 #| export
@@ -200,27 +208,31 @@ def _label(what): return what if isinstance(what, str) else getattr(what, '__nam
 def _unknown(o):
     "Why an operation without a rule ends the walk."
     where = f"`{o.node.target}` ({type(o.layer).__name__})" if o.layer is not None else f"`{o.node.name}` ({_label(o.what)})"
-    if isinstance(o.layer, (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)): return f"feeds {where}, which normalises across channels: new ones would change the old ones' output; use BatchNorm, or grow a layer that does not feed it"
+    if isinstance(o.layer, (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)) or o.what in _norms: return f"feeds {where}, which normalises across channels: new ones would change the old ones' output; use BatchNorm, or grow a layer that does not feed it"
     if isinstance(o.layer, _ConvNd): return f"feeds the grouped convolution {where}, whose groups would be cut differently; grow a layer that does not feed it"
-    if isinstance(o.layer, (nn.Softmax, nn.LogSoftmax)) or o.what in (F.softmax, torch.softmax, 'softmax', F.log_softmax): return f"feeds {where}, which mixes its neurons"
+    if o.what in _softmaxes: return f"feeds {where}, which mixes its neurons"
+    if o.what in _joins: return f"is concatenated in {where}: its neurons would land in the middle of the reader's inputs; grow a layer that does not feed it"
+    if o.what in _splits: return f"is split in {where} by position: new neurons would move the cut; grow a layer that does not feed it"
     return f"feeds {where}, which is not known to treat each neuron by itself; if it does, declare it with `register_pointwise`"
 
 #| export
 def _depthwise(m): return isinstance(m, _ConvNd) and not m.transposed and m.groups==m.in_channels==m.out_channels
 
-def _has_channels(m): return isinstance(m, (_BatchNorm,_InstanceNorm)) or _depthwise(m) or (isinstance(m, nn.PReLU) and m.num_parameters>1)
+def _prelu(m): return isinstance(m, nn.PReLU) and m.num_parameters>1
+
+def _taught(m): return m is not None and not isinstance(m, nn.PReLU) and bud.dispatch(type(m)) not in (bud.dispatch(object), bud.dispatch(_ConvNd))
+
+def _has_channels(m): return isinstance(m, (_BatchNorm,_InstanceNorm)) or _depthwise(m) or _prelu(m)
 
 def _position(o):
     "Axis and spread of the channels behind operation `o`."
-    if isinstance(o.layer, (_BatchNorm,_InstanceNorm)): return _norm(o)
-    if _depthwise(o.layer) or (isinstance(o.layer, nn.PReLU) and o.layer.num_parameters>1) or _taught(o.layer): return _spatial(o)
+    if isinstance(o.layer, (_BatchNorm,_InstanceNorm)) or _prelu(o.layer): return _norm(o)
+    if _depthwise(o.layer) or _taught(o.layer): return _spatial(o)
     if _is_pointwise(o) or _is_dropout(o): return (lambda s: (s.axis,s.spread))(_one_spot(o))
     if o.what in _reshapes: return _reshape(o)
     if o.what in _rules: return _rules[o.what](o)
     if (o.layer is not None and type(o.layer) in _spatial_layers) or o.what in _spatial_functions: return _spatial(o)
     raise _Refused(_unknown(o))
-
-def _taught(m): return m is not None and bud.dispatch(type(m)) not in (bud.dispatch(object), bud.dispatch(_ConvNd))
 
 #| export
 class _Method:
@@ -256,15 +268,17 @@ class _Shapes(fx.Interpreter):
 def evaluating(
     model:nn.Module # Model to run without a trace
 ):
-    "Evaluation mode without gradients; modes and buffers are restored afterwards."
+    "Evaluation mode without gradients; modes, buffers and torch's random state are restored afterwards."
     modes,buffers = [(m,m.training) for m in model.modules()],[(b,b.clone()) for b in model.buffers()]
     model.eval()
     try:
-        with torch.no_grad(): yield model
+        with torch.no_grad(), _own_draws(): yield model
     finally:
         for m,mode in modes: m.training = mode
         with torch.no_grad():
             for b,value in buffers: b.copy_(value)
+
+def _own_draws(): return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else [])
 
 def as_inputs(
     xb # Example input: a tensor, or a tuple or list of positional inputs
@@ -273,12 +287,36 @@ def as_inputs(
     return tuple(xb) if isinstance(xb, (tuple,list)) else (xb,)
 
 #| export
+def _graphs(model):
+    "Symbolic graphs of evaluation and training mode, those that can be recorded; if none can, the first error is raised."
+    graphs,errors = [],[]
+    for mode in (False,True):
+        model.train(mode)
+        try: graphs.append(_Tracer().trace(model))
+        except Exception as e: errors.append(e)
+    model.eval()
+    if not graphs: raise errors[0]
+    return graphs
+
+def _calls(graph): return {n.target for n in graph.nodes if n.op=='call_module'}
+
 def _trace(model, xb):
-    "The traced graph of `model`, with shapes."
+    "The traced graph of `model` that calls most layers, with shapes."
     with evaluating(model):
-        graph = _Tracer().trace(model)
+        graph,*rest = _graphs(model)
+        if rest and _calls(rest[0])>_calls(graph): graph = rest[0]
         _Shapes(fx.GraphModule(model, graph)).run(*as_inputs(xb))
     return graph
+
+#| export
+def _said(e): return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}"
+
+def _untraced(model, xb, e):
+    "What to say about every layer of a model that could not be traced because of `e`."
+    try:
+        with evaluating(model): model(*as_inputs(xb))
+    except Exception as e: return f"the model could not be run with this input ({_said(e)}); give one example as the model gets it in training: a tensor, or a tuple of positional inputs"
+    return f"the model runs, but cannot be traced ({_said(e)}); declare sites by hand with `declare_site`"
 
 #| export
 def _kind(m):
@@ -297,12 +335,15 @@ _growable = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 def _problems(model, graph):
     "Layer name -> why it cannot take part in growth by itself."
     calls = Counter(id(model.get_submodule(n.target)) for n in graph.nodes if n.op=='call_module')
+    named = {n.target for n in graph.nodes if n.op=='call_module' and not n.args}
     owners = Counter(id(p) for m in {id(m):m for m in model.modules()}.values() for p in m._parameters.values() if p is not None)
     read = {n.target.rpartition('.')[0] for n in graph.nodes if n.op=='get_attr'}
     out = {}
     for name,m in model.named_modules(remove_duplicate=False):
         own = [p for p in m._parameters.values() if p is not None]
-        if _kind(m) and not _has_channels(m): out[name] = _kind(m)
+        if not name: out[name] = "is the whole model, whose width the task decides" if type(m) in _growable else f"{type(m).__name__} holds a parameter of its own, which no layer reads"
+        elif _kind(m) and not _has_channels(m): out[name] = _kind(m)
+        elif name in named: out[name] = "is called with keyword arguments only; pass its input by position"
         elif calls[id(m)]>1: out[name] = f"is used {calls[id(m)]} times in one forward pass; its neurons would have to serve every use"
         elif any(owners[id(p)]>1 for p in own): out[name] = "shares a parameter with another layer (tied weights); untie them before growing"
         elif own and name in read: out[name] = "has its weight read directly by the model's forward, not only by calling the layer"
@@ -346,6 +387,7 @@ def _walk(model, start, problems):
 #| export
 def _follow(o, path, refs, problems):
     "Append the step of operation `o` to `path`; return the spot of its result."
+    if o.out is None and o.what in _splits: raise _Refused(_unknown(o))
     if o.out is None: raise _Refused(f"gives `{o.node.name}` something that is no tensor ({_label(o.what)}); its value would change with the width")
     if o.layer is not None and o.node.target in problems and _has_channels(o.layer): raise _Refused(f"passes `{o.node.target}`, which {problems[o.node.target]}")
     axis,spread = _position(o)
@@ -375,7 +417,7 @@ def make_buds(
 )->dict:       # Layer name -> bud
     "Buds for every layer of the site's path that keeps something per channel."
     layers = {s.layer:(site.model.get_submodule(s.layer),s.spread) for s in site.path if s.layer}
-    return {n:bud(m, k*spread) for n,(m,spread) in layers.items() if _has_channels(m) or _taught(m) and not isinstance(m, nn.PReLU)}
+    return {n:bud(m, k*spread) for n,(m,spread) in layers.items() if _has_channels(m) or _taught(m)}
 
 #| export
 def widen(
@@ -404,8 +446,9 @@ def _trial(site, k=2, scale=10.):
 def _tensors(out):
     "All tensors in a model's output, however nested."
     if isinstance(out, torch.Tensor): return [out]
-    if isinstance(out, dict): out = out.values()
-    return [t for o in out for t in _tensors(o)] if isinstance(out, (tuple,list,type({}.values()))) else []
+    if isinstance(out, dict): out = list(out.values())
+    elif hasattr(out, '__dataclass_fields__'): out = list(vars(out).values())
+    return [t for o in out for t in _tensors(o)] if isinstance(out, (tuple,list)) else []
 
 def _stand_in(model):
     "A copy of `model` in evaluation mode in which no parameter is all zeros."
@@ -415,19 +458,97 @@ def _stand_in(model):
     return copy
 
 #| export
-def _unchanged(model, sites, xb):
-    "None if growing a copy at `sites` leaves its output alone, else what happened."
-    copy = _stand_in(model)
-    with torch.no_grad():
-        before = _tensors(copy(*as_inputs(xb)))
-        try:
-            for s in sites: widen(s.on(copy), _trial(s.on(copy)))
-            after = _tensors(copy(*as_inputs(xb)))
-        except Exception as e: return f"growing a copy of the model there failed: {type(e).__name__}: {str(e).splitlines()[0]}"
+def _run(model, xb):
+    "The tensors of the model's output, with the same random draws every time."
+    torch.manual_seed(0)
+    return _tensors(model(*as_inputs(xb)))
+
+@contextmanager
+def _watching(sites):
+    "Record, while the model runs, what each producer gives by itself (place 0) and what its readers get."
+    seen = {s.name:{} for s in sites}
+    def hook(s, i):
+        def f(m, args): seen[s.name][i] = args[0].clone() if i else m.forward(*args)
+        return f
+    handles = [m.register_forward_pre_hook(hook(s,i)) for s in sites for i,m in enumerate((s.producer,*s.consumers))]
+    try: yield seen
+    finally:
+        for h in handles: h.remove()
+
+#| export
+def apply_bud(
+    m:nn.Module,   # Layer or bud
+    x:torch.Tensor # Values of the new channels
+)->torch.Tensor:
+    "Forward of `m` without its hooks and without touching its running statistics."
+    if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None): return F.batch_norm(x, None, None, m.weight, m.bias, True, 0., m.eps)
+    if isinstance(m, _InstanceNorm) and (m.training or m.running_mean is None): return F.instance_norm(x, None, None, m.weight, m.bias, True, 0., m.eps)
+    return m.forward(x)
+
+#| export
+def run_path(
+    site:Site,      # Where
+    z:torch.Tensor, # Outputs of the producer for `k` new neurons: `(n, k, ...)`, or `(..., k)` for a Linear
+    buds:dict,      # Layer name -> bud with `k` channels, see `make_buds`; a layer without one is used itself
+    lifts:dict=None,# Layer name -> constant added to that layer's output
+    cuts:dict=None  # Layer name -> function of its input and output that gives what goes on instead
+)->list:            # What each reader would receive from the new neurons
+    "The channel-wise path between producer and readers, for new neurons only."
+    lifts,cuts = lifts or {},cuts or {}
+    values = [z.clone()] # a clone, because activations may work in place
+    for s in site.path:
+        args,kwargs = fx.node.map_aggregate((s.args,s.kwargs), lambda a: values[a.index] if isinstance(a, Ref) else a)
+        m = None if s.layer is None else buds.get(s.layer) or site.model.get_submodule(s.layer)
+        out = s.fn(*args,**kwargs) if m is None else apply_bud(m, *args, **kwargs)
+        if s.layer in lifts: out = out + lifts[s.layer]
+        values.append(cuts[s.layer](args[0], out) if s.layer in cuts else out)
+    return [values[r.source.index] for r in site.readers]
+
+#| export
+def _differs(a, b): return a.shape!=b.shape or not _size(a.to(b)-b)<=_proof_tolerance*max(_size(b),1e-30)
+
+def _size(t): return t.abs().max().item() if t.numel() and t.dtype!=torch.bool else float(t.any())
+
+def _wrong_path(site, seen):
+    "None if the path gives what every reader gets, else what is wrong."
+    layers = (site.name, *(r.name for r in site.readers))
+    for i,n in enumerate(layers):
+        if i not in seen: return f"`{n}` is not called for this input"
+    try: values = run_path(site, seen[0], {})
+    except Exception as e: return f"its path to {', '.join(f'`{n}`' for n in layers[1:])} failed: {_said(e)}"
+    wrong = [n for i,(n,a) in enumerate(zip(layers[1:],values),1) if _differs(a,seen[i])]
+    if wrong: return f"`{wrong[0]}` gets something else than the path makes of `{site.name}`'s output: an operation, a hook or a layer in between is missing or wrong"
+
+#| export
+def _changed(before, after):
+    "What growing changed, or None."
     for a,b in zip(before,after):
         if a.shape!=b.shape: return f"growing there changed an output's shape from {tuple(a.shape)} to {tuple(b.shape)}"
-        change,size = (a-b).abs().max().item(), a.abs().max().item()
-        if not change<=_proof_tolerance*max(size,1e-30): return f"growing there changed the model's output by {change:.1e} (its size is {size:.1e}), so something else reads the new neurons"
+        if _differs(b.to(torch.float32) if b.dtype==torch.bool else b, a.to(torch.float32) if a.dtype==torch.bool else a):
+            return f"growing there changed the model's output by {_size(b.to(a)-a):.1e} (its size is {_size(a):.1e}), so something else reads the new neurons"
+
+def _incomparable(before):
+    "Why nothing can be concluded from this output, or None."
+    if not before: return "could not be checked: the model's output holds no tensor that could be compared"
+    if not all(t.numel() for t in before): return "could not be checked: the model's output is empty; give at least one sample"
+    if not all(torch.isfinite(t).all() for t in before): return "could not be checked: the model's output is not finite on this input"
+
+#| export
+def _unchanged(model, sites, xb):
+    "None if the paths of `sites` are right and growing a copy there leaves its output alone, else what happened."
+    try: copy = _stand_in(model)
+    except Exception as e: return f"could not be checked, since the model cannot be copied ({_said(e)})"
+    there = [s.on(copy) for s in sites]
+    with torch.no_grad(), _own_draws():
+        try:
+            with _watching(there) as seen: before = _run(copy, xb)
+        except Exception as e: return f"could not be checked: the model could not be run with this input ({_said(e)})"
+        problem = next(filter(None, [_incomparable(before), *(_wrong_path(s,seen[s.name]) for s in there)]), None)
+        if problem: return problem
+        try:
+            for s in there: widen(s, _trial(s))
+            return _changed(before, _run(copy, xb))
+        except Exception as e: return f"growing a copy of the model there failed: {_said(e)}"
 
 _proof_tolerance = 1e-4 # relative; rounding of a deep float32 network stays well below, a forgotten reader of 10-sigma neurons well above
 
@@ -455,9 +576,7 @@ def _uncalled(model, name):
 #| export
 def _prove(model, sites, xb):
     "Split `sites` into those that hold and refusals. All at once first, one by one only if that fails."
-    try: problem = sites and _unchanged(model, sites, xb)
-    except Exception as e: return [],[Refusal(s.name, f"could not be checked, since the model cannot be copied: {e}") for s in sites]
-    if not problem: return sites,[]
+    if not sites or not _unchanged(model, sites, xb): return sites,[]
     checked = [(s,_unchanged(model,[s],xb)) for s in sites]
     return [s for s,p in checked if not p],[Refusal(s.name,p) for s,p in checked if p]
 
@@ -469,7 +588,9 @@ def find_sites(
     "Find every place where `model` can grow and the reason for every layer that cannot."
     model = getattr(model, '_orig_mod', model) # what torch.compile wraps
     try: graph = _trace(model, xb)
-    except Exception as e: return [],[Refusal(n, f"the model cannot be traced ({type(e).__name__}: {(str(e).splitlines() or [''])[0]}); declare sites by hand with `declare_site`") for n in _candidates(model)]
+    except Exception as e:
+        reason = _untraced(model, xb, e)
+        return [],[Refusal(n,reason) for n in _candidates(model)]
     problems,found,refused = _problems(model,graph),[],{}
     nodes = {n.target:n for n in graph.nodes if n.op=='call_module'}
     names = [n for n in nodes if n in set(_candidates(model))]
@@ -483,39 +604,23 @@ def find_sites(
 def _try(model, name, nodes, problems, found, refused):
     "Add the layer `name` to `found` or to `refused`."
     try:
-        if name not in nodes: raise _Refused(problems.get(name) or _uncalled(model,name))
+        if name in problems and not name or name not in nodes: raise _Refused(problems.get(name) or _uncalled(model,name))
         if name in problems or _kind(model.get_submodule(name)): raise _Refused(problems.get(name) or _kind(model.get_submodule(name)))
         found.append(Site(name, *_walk(model, nodes[name], problems), model))
     except _Refused as e: refused[name] = Refusal(name, str(e))
 
 #| export
-def apply_bud(
-    m:nn.Module,   # Layer or bud
-    x:torch.Tensor # Values of the new channels
-)->torch.Tensor:
-    "Forward of `m` without its hooks and without touching its running statistics."
-    if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None): return F.batch_norm(x, None, None, m.weight, m.bias, True, 0., m.eps)
-    if isinstance(m, _InstanceNorm) and (m.training or m.running_mean is None): return F.instance_norm(x, None, None, m.weight, m.bias, True, 0., m.eps)
-    return m.forward(x)
+def _declared_step(model, i, p):
+    "Step `i+1` of a declared path, which applies the layer name or function `p`."
+    if not isinstance(p, str): return Step(_label(p), None, p, (Ref(i),1) if p is torch.flatten else (Ref(i),), {}, p in _pointwise_functions)
+    layer = model.get_submodule(p)
+    return Step(p, p, None, (Ref(i),), {}, type(layer) in _pointwise_layers and not _has_channels(layer))
 
-#| export
-def run_path(
-    site:Site,      # Where
-    z:torch.Tensor, # Outputs of the producer for `k` new neurons: `(n, k, ...)`, or `(..., k)` for a Linear
-    buds:dict,      # Layer name -> bud with `k` channels, see `make_buds`
-    lifts:dict=None,# Layer name -> constant added to that layer's output
-    cuts:dict=None  # Layer name -> function of its input and output that gives what goes on instead
-)->list:            # What each reader would receive from the new neurons
-    "The channel-wise path between producer and readers, for new neurons only."
-    lifts,cuts = lifts or {},cuts or {}
-    values = [z.clone()] # a clone, because activations may work in place
-    for s in site.path:
-        args,kwargs = fx.node.map_aggregate((s.args,s.kwargs), lambda a: values[a.index] if isinstance(a, Ref) else a)
-        m = None if s.layer is None else buds.get(s.layer) or site.model.get_submodule(s.layer)
-        out = s.fn(*args,**kwargs) if m is None else apply_bud(m, *args, **kwargs)
-        if s.layer in lifts: out = out + lifts[s.layer]
-        values.append(cuts[s.layer](args[0], out) if s.layer in cuts else out)
-    return [values[r.source.index] for r in site.readers]
+def _known(model, names):
+    "Raise `ValueError` for a name that is no layer of `model`."
+    layers = [n for n,_ in model.named_modules() if n]
+    for n in names:
+        if n not in layers: raise ValueError(f"{type(model).__name__} has no layer `{n}`; its layers are {', '.join(layers[:20])}{' ...' if len(layers)>20 else ''}")
 
 #| export
 def declare_site(
@@ -525,14 +630,11 @@ def declare_site(
     *path            # Layer names and functions in order, last the name of the reader
 )->Site:             # Proved with `check_site`
     "A site along one chain of layers and functions, declared by hand."
-    *between,reader = path
-    steps = []
-    for i,p in enumerate(between):
-        layer = model.get_submodule(p) if isinstance(p, str) else None
-        local = p in _pointwise_functions if layer is None else type(layer) in _pointwise_layers and not _has_channels(layer)
-        steps.append(Step(p if layer is not None else _label(p), p if layer is not None else None, None if layer is not None else p, (Ref(i),), {}, local))
-    m,c = model.get_submodule(producer),model.get_submodule(reader)
-    for name,layer in ((producer,m),(reader,c)):
-        if _kind(layer): raise ValueError(f"`{name}` {_kind(layer)}")
-    spread = c.weight.shape[1]//m.weight.shape[0]
-    return check_site(model, Site(producer, tuple(steps), (Reader(reader, Ref(len(steps)), spread),), model), xb)
+    if not path or not isinstance(path[-1], str): raise ValueError(f"declare_site needs the name of the layer that reads `{producer}`, as its last argument")
+    _known(model, [producer, *(p for p in path if isinstance(p,str))])
+    *between,reader = (p for p in path if not (isinstance(p,str) and type(model.get_submodule(p)) in _dropouts or p in _dropouts))
+    for name in (producer,reader):
+        if _kind(model.get_submodule(name)): raise ValueError(f"`{name}` {_kind(model.get_submodule(name))}")
+    spread = model.get_submodule(reader).weight.shape[1]//model.get_submodule(producer).weight.shape[0]
+    readers = (Reader(reader, Ref(len(between)), spread),)
+    return check_site(model, Site(producer, tuple(_declared_step(model,i,p) for i,p in enumerate(between)), readers, model), xb)
