@@ -17,7 +17,7 @@ def _recipe(args):
     from dataclasses import replace
     from gradmax_nb.experiments.demo import Recipe, pictures_recipe
     recipe = pictures_recipe() if args.data else Recipe()
-    if args.quick: recipe = replace(recipe, steps=210, growth_batch=60, lr=.05)
+    if args.quick: recipe = replace(recipe, steps=recipe.steps//2, growth_batch=recipe.growth_batch//2)
     return replace(recipe, **{k:v for k,v in (('steps',args.steps),('lr',args.lr)) if v is not None})
 
 def _names(args, recipe):

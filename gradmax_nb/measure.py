@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from gradmax_nb.sites import Site, apply_bud, as_inputs, make_buds, run_path
+from gradmax_nb.sites import Site, apply_bud, as_inputs, kept_buffers, make_buds, put_back, run_path
 
 #| export
-    # Spelled out per dimension: torch has no convolution that works for any number of them.
+# Spelled out per dimension: torch has no convolution that works for any number of them.
 _convs = {nn.Conv1d:(F.conv1d, nn.grad.conv1d_weight, nn.grad.conv1d_input), nn.Conv2d:(F.conv2d, nn.grad.conv2d_weight, nn.grad.conv2d_input),
           nn.Conv3d:(F.conv3d, nn.grad.conv3d_weight, nn.grad.conv3d_input)}
 
@@ -81,6 +81,8 @@ def recording(
         for h in handles: h.remove()
 
 #| export
+def _plain(t): return t.detach().as_subclass(torch.Tensor) # fastai's tensor types must not travel into parameters
+
 def _edge(out):
     "`out`, made to require a gradient, and the place in the graph where its gradient arrives."
     if not out.requires_grad: out = out + out.new_zeros(()).requires_grad_()
@@ -94,7 +96,7 @@ def _attach(site, seen, extra):
         def reader(m, args, out, j=j):
             if extra is not None: out = out + extra(site, j, seen['x'])
             out,seen['edges'][j] = _edge(out)
-            seen['inputs'][j] = args[0].detach()
+            seen['inputs'][j] = _plain(args[0])
             return out
         yield c.register_forward_hook(reader)
 
@@ -104,12 +106,11 @@ def untouched(
     model:nn.Module # Model that is run to measure something
 ):
     "Restore buffers, training modes and every random number generator when the block ends."
-    buffers,modes = [(b,b.clone()) for b in model.buffers()],[(m,m.training) for m in model.modules()]
+    buffers,modes = kept_buffers(model),[(m,m.training) for m in model.modules()]
     rng,py,cuda,np_state = torch.get_rng_state(),random.getstate(),_cuda_states(),_numpy_state()
     try: yield
     finally:
-        with torch.no_grad():
-            for b,v in buffers: b.copy_(v)
+        put_back(buffers)
         for m,mode in modes: m.training = mode
         torch.set_rng_state(rng)
         random.setstate(py)
@@ -125,6 +126,13 @@ def _numpy_state():
     return numpy,numpy.random.get_state()
 
 #| export
+def samples_in(
+    xb # Input of the model: a tensor, a tuple of them, or a dict
+)->int:
+    "Number of samples in one batch."
+    while not isinstance(xb, torch.Tensor): xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
+    return len(xb)
+
 def as_batches(
     batch # `(xb, yb)`, or an iterable of such pairs
 )->list:
@@ -135,7 +143,7 @@ def as_batches(
     if not pairs: raise ValueError("the growth batch is empty: pass (xb, yb) or a non-empty iterable of such pairs")
     for p in pairs:
         if len(p)!=2: raise ValueError(f"a growth batch is a pair (xb, yb), not {len(p)} things")
-        if len(as_inputs(p[0])[0])==0: raise ValueError("the growth batch has no samples: pass at least one")
+        if samples_in(p[0])==0: raise ValueError("the growth batch has no samples: pass at least one")
     return pairs
 
 #| export
@@ -156,13 +164,13 @@ def _capture(model, sites, pair, loss_func, extra=None, share=1.):
         for s in sites:
             if None in seen[s.name]['edges']: raise ValueError(f"`{s.readers[seen[s.name]['edges'].index(None)].name}` was not called for this batch, so site `{s.name}` cannot be measured")
         grads = iter(torch.autograd.grad(loss, edges, allow_unused=True))
-    out = [Captured(_pad(s.producer, seen[s.name]['x'].detach()), [_share(next(grads), s, share) for _ in s.readers], seen[s.name]['inputs']) for s in sites]
+    out = [Captured(_pad(s.producer, _plain(seen[s.name]['x'])), [_share(next(grads), s, share) for _ in s.readers], seen[s.name]['inputs']) for s in sites]
     return loss.detach(),out
 
 def _share(g, site, share):
     "One batch's part of the gradient."
     if g is None: raise ValueError(f"the loss does not depend on what `{site.name}` feeds: its gradient does not exist")
-    return g.detach() if share==1 else g.detach()*share
+    return _plain(g) if share==1 else _plain(g)*share
 
 #| export
 def lift_of(
@@ -429,6 +437,7 @@ def measure(
     lr:float=None         # Learning rate of the optimizer, for length rules that ask for it
 )->list:                  # One `Measurement` per site
     "Measure all `sites` in one forward and backward pass per batch, without a trace."
+    model = getattr(model, '_orig_mod', model) # what torch.compile wraps
     sites = [s.on(model) for s in sites]
     with untouched(model), torch.autocast(_device(model).type, enabled=False):
         pairs = as_batches(batch)
@@ -438,17 +447,18 @@ def _device(model): return next(model.parameters()).device
 
 #| export
 def _measure(model, sites, pairs, loss_func, lr, seeds):
-    sizes = [len(as_inputs(xb)[0]) for xb,_ in pairs]
+    sizes = [samples_in(xb) for xb,_ in pairs]
     shares = [n/sum(sizes) for n in sizes]
     def run(extra=None, only=sites):
         with untouched(model):
             runs = [_capture(model, only, p, loss_func, extra, share) for p,share in zip(pairs,shares)]
             return sum(s*l for (l,_),s in zip(runs,shares)), [list(c) for c in zip(*(c for _,c in runs))]
-    def loss_with(extra):
-        with untouched(model): return _loss_with(model, sites, pairs, loss_func, shares, extra)
+    def loss_with(extra, only):
+        with untouched(model): return _loss_with(model, only, pairs, loss_func, shares, extra)
     loss,captured = run()
     again = lambda s: lambda extra: (lambda loss,captured: (loss.item(),captured[0]))(*run(extra,[s]))
-    return [Measurement(s, c, loss.item(), again(s), loss_with, lr, seed) for s,c,seed in zip(sites,captured,seeds)]
+    virtual = lambda s: lambda extra: loss_with(extra,[s])
+    return [Measurement(s, c, loss.item(), again(s), virtual(s), lr, seed) for s,c,seed in zip(sites,captured,seeds)]
 
 #| export
 def top_singular(

@@ -31,17 +31,26 @@ class Outgoing:
     def existing(self, m): return existing_outgoing(m)
 
 #| export
+def _check_positive(rule, name):
+    value = getattr(rule, name)
+    if value is not None and not value>0: raise ValueError(f"{type(rule).__name__} needs a positive {name}, got {value}: neurons of length 0 would never learn")
+
 @dataclass
 class MeanNorm:
     "Every new vector is as long as the mean of the existing ones on its side (the official code's rule)."
     scale:float=1. # Times this; the paper's image experiments use 0.5
+    def __post_init__(self): _check_positive(self, 'scale')
     def __call__(self, m, directions, sigma, side):
-        return torch.full_like(sigma, self.scale*side.existing(m).norm(dim=1).mean().item())
+        mean = side.existing(m).norm(dim=1).mean().item()
+        if mean==0: raise ValueError(f"`{m.site.name}`: the existing weights on the {type(side).__name__.lower()} side are all zero, so their mean length is no length for new ones; use FixedLength, or train a step first")
+        return torch.full_like(sigma, self.scale*mean)
 
+#| export
 @dataclass
 class FixedLength:
     "Every new vector has the same given length."
     length:float=.5 # As in the official VGG configuration
+    def __post_init__(self): _check_positive(self, 'length')
     def __call__(self, m, directions, sigma, side): return torch.full_like(sigma, self.length)
 
 #| export
@@ -52,14 +61,38 @@ class SigmaWeighted:
     def __call__(self, m, directions, sigma, side):
         return sigma/sigma.norm()*self.base(m,directions,sigma,side).norm()
 
+#| export
+def _solve(
+    value,              # `lengths -> (k,)`, positive
+    wanted,             # What it should be
+    start:torch.Tensor, # First lengths, `(k,)`
+    now:torch.Tensor,   # `value(start)`
+    power:float,        # First guess: `value` goes like this power of the length
+    rounds:int=6        # Evaluations of `value` at the most
+)->torch.Tensor:
+    "Lengths at which `value` is `wanted`, to a percent; a length that hardly matters stays as it is."
+    length,power = start,torch.full_like(start,power)
+    for _ in range(rounds):
+        open_ = (now>0) & (power>.1) & ((wanted/now).log().abs()>.01)
+        if not open_.any(): break
+        move = ((wanted/now).log()/power).clamp(-7,7)
+        new = value(torch.where(open_, length*move.exp(), length))
+        power = torch.where(open_, (new/now).log()/move, power)
+        open_ &= power>.1
+        length,now = torch.where(open_, length*move.exp(), length),torch.where(open_, new, now)
+    return length
+
+#| export
 @dataclass
 class ActivationRMS:
-    "Each new neuron's activation is as large, root mean square, as the existing ones' on average."
+    "Each new neuron's activation is as large, root mean square, as the existing ones' on average; `MeanNorm` where the length does not change it (behind a norm)."
     scale:float=1. # Times this
+    def __post_init__(self): _check_positive(self, 'scale')
     def __call__(self, m, directions, sigma, side):
         if not isinstance(side, Incoming): raise ValueError(f"`{m.site.name}`: ActivationRMS sets incoming weights, but this method keeps them at zero; use MeanNorm, FixedLength or CurvatureBudget")
-        unit,wanted = activity(m,directions).rms,self.scale*existing_rms(m)
-        return (wanted/unit.clamp_min(torch.finfo(unit.dtype).tiny)).clamp_max(1e3*existing_incoming(m).norm(dim=1).mean().clamp_min(1e-3))
+        start,wanted = MeanNorm()(m, directions, sigma, side),self.scale*existing_rms(m)
+        rms = lambda lengths: activity(m, directions*lengths[:,None]).rms
+        return _solve(rms, wanted, start, rms(start), 1.) if wanted>0 else start
 
 #| export
 def block_curvature(
@@ -67,19 +100,32 @@ def block_curvature(
     incoming:torch.Tensor,  # `(k, rows)`
     outgoing:torch.Tensor,  # `(k, cols)`
     mirror:bool,            # True if the outgoing side is the one at zero
-    iters:int=8             # Power iterations; each costs a double backward pass of the growth batch
+    iters:int=8             # Lanczos steps; each costs a double backward pass of the growth batch
 )->float:
     "Largest curvature of the loss in the weights of the side that starts at zero."
     zero,fixed = (outgoing,incoming) if mirror else (incoming,outgoing)
     w = torch.zeros_like(zero).requires_grad_()
     loss = loss_with(m,fixed,w,False) if mirror else loss_with(m,w,fixed,True)
     g, = torch.autograd.grad(loss, w, create_graph=True)
-    v,top = torch.randn(w.shape, generator=_generator(m)).to(w),0.
-    for _ in range(iters):
-        v = v/v.norm().clamp_min(torch.finfo(v.dtype).tiny)
-        hv = torch.autograd.grad(g, w, v, retain_graph=True)[0] if g.requires_grad else torch.zeros_like(w)
-        top,v = hv.norm().item(),hv
-    return top
+    return _top_eigenvalue(lambda v: _hessian_times(g, w, v), torch.randn(w.shape, generator=_generator(m)).to(w), iters)
+
+def _hessian_times(g, w, v):
+    "Hessian times `v`, with `g` the gradient at `w`; zero where the loss is linear."
+    return torch.autograd.grad(g, w, v, retain_graph=True)[0] if g.requires_grad else torch.zeros_like(w)
+
+#| export
+def _top_eigenvalue(apply, v, iters):
+    "Largest eigenvalue of a symmetric operator seen from `iters` Lanczos steps: from below, and 0 if none is positive."
+    Q,HQ = v.new_zeros(0,v.numel()),v.new_zeros(0,v.numel())
+    for _ in range(min(iters, v.numel())):
+        x = v.flatten()
+        for _ in range(2): x = x - (Q@x)@Q # twice is enough for orthogonality to rounding
+        if x.norm() <= 1e-6*v.norm(): break
+        Q = torch.cat([Q, (x/x.norm())[None]])
+        v = apply(Q[-1].view_as(v))
+        HQ = torch.cat([HQ, v.flatten()[None]])
+    T = Q@HQ.T
+    return torch.linalg.eigvalsh((T+T.T)/2)[-1].clamp_min(0).item() if len(Q) else 0.
 
 #| export
 @dataclass
@@ -88,14 +134,23 @@ class CurvatureBudget:
     base:object=field(default_factory=MeanNorm) # Rule that proposes lengths
     lr:float=None          # Learning rate; None takes the largest of the optimizer given to `grow`
     fraction:float=1.      # 1 is the step that the descent bound likes best; 2 is the edge of stability
+    def __post_init__(self):
+        for name in ('lr','fraction'): _check_positive(self, name)
+
     def __call__(self, m, directions, sigma, side):
         lr = m.lr if self.lr is None else self.lr
         if lr is None: raise ValueError(f"`{m.site.name}`: CurvatureBudget needs a learning rate; give it one (lr=...) or pass the optimizer to grow")
         lengths = self.base(m, directions, sigma, side)
-        w,mirror = directions*lengths[:,None],isinstance(side,Incoming)
-        zero = w.new_zeros(len(w), m.cols if mirror else m.rows)
-        curvature = block_curvature(m, *((w,zero) if mirror else (zero,w)), mirror)
-        return lengths*min(1., (self.fraction/max(lr*curvature,1e-30))**.5)
+        curvature = lambda scale: scale.new_full((1,), _curvature_at(m, directions*(lengths*scale)[:,None], side))
+        one = lengths.new_ones(1)
+        now,wanted = curvature(one),.99*self.fraction/lr
+        return lengths*_solve(curvature, wanted, one, now, 2.) if now>wanted else lengths
+
+def _curvature_at(m, w, side):
+    "Curvature in the side at zero when the other one is `w`."
+    mirror = isinstance(side, Incoming)
+    zero = w.new_zeros(len(w), m.cols if mirror else m.rows)
+    return block_curvature(m, *((w,zero) if mirror else (zero,w)), mirror)
 
 #| export
 @dataclass
@@ -135,14 +190,26 @@ def ascend(
     return best
 
 #| export
+def _pick(P, score, k, similarity):
+    "Indices of the best `k` rows of `P` that carry a gradient and are not alike; opposite signs, then near copies, only where there is nothing else."
+    C = (_unit(P)@_unit(P).T).tolist()
+    order,taken = [i for i in score.argsort(descending=True).tolist() if score[i]>0],[]
+    for limit in (lambda c: abs(c)<similarity, lambda c: c<similarity, lambda c: c<.999):
+        for i in order:
+            if len(taken)<k and i not in taken and all(limit(C[i][j]) for j in taken): taken.append(i)
+    return taken
+
+#| export
 @dataclass
 class Lookahead:
-    "Climb the real one-sided gain from both signs of each direction; keep the better end."
-    steps:int=30     # Steps of the ascent
-    lr:float=.3      # First step, as an angle in radians
+    "Climb the real one-sided gain from both signs of each direction; keep the best ends that are not alike."
+    steps:int=30         # Steps of the ascent
+    lr:float=.3          # First step, as an angle in radians
+    similarity:float=.9  # Largest |cosine| between two chosen directions: several starts often climb to the same end
     def __call__(self, m, V, G):
-        up,down = ascend(lambda v: gain(m,v)[0], torch.cat([V,-V]), self.steps, self.lr).chunk(2)
-        V = torch.where((gain(m,up)[0]>=gain(m,down)[0])[:,None], up, down)
+        start = torch.cat([V,-V])
+        ends = torch.cat([ascend(lambda v: gain(m,v)[0], start, self.steps, self.lr), start])
+        V = ends[_pick(ends, gain(m,ends)[0], len(V), self.similarity)]
         return V,gradient_in(m,V)
 
 #| export
@@ -191,36 +258,37 @@ class Ascent:
     steps:int=30 # Steps of the ascent
     lr:float=.2  # First step, as an angle in radians
 
-def _pick(U, score, k, metric, similarity):
-    "Indices of the best `k` rows of `U` that are not (anti)parallel in `metric`; opposite signs only where there is nothing else."
-    P = _unit(U@metric) if metric is not None else _unit(U)
-    order,taken = score.argsort(descending=True).tolist(),[]
-    for limit in (lambda c: c.abs()<similarity, lambda c: c<similarity):
-        for i in order:
-            if len(taken)<k and i not in taken and all(limit(P[i]@P[j]) for j in taken): taken.append(i)
-    return taken
-
 #| export
-def _mirror_proposal(m, U, sigma):
-    "Outgoing zero, incoming weights `U`."
+def _size(m):
+    "Length at which directions are compared: the mean of the existing ones."
+    mean = existing_incoming(m).norm(dim=1).mean().item()
+    return mean if mean>0 else 1.
+
+def _mirror_proposal(m, U, sigma, length):
+    "Outgoing zero, incoming directions `U` with the lengths of `length`."
+    U = U*length(m, U, sigma, Incoming())[:,None]
     return Proposal(U, U.new_zeros(len(U),m.cols), sigma, activity(m,U).gradient.norm().item(), mirror=True)
 
-def _candidates(m, U, sigma, method):
-    "Both signs of each direction with their lengths, climbed if the method says so."
-    U = _unit(torch.cat([U,-U]))
-    if method.ascent is not None: U = ascend(lambda u: method.score(activity(m,u)), U, method.ascent.steps, method.ascent.lr)
-    return U*method.length(m, U, torch.cat([sigma,sigma]), Incoming())[:,None]
+def _strength(m, U):
+    "Gradient norm per unit length that each neuron's outgoing weights would get."
+    return activity(m, U*_size(m)).gradient.norm(dim=1)/_size(m)
+
+#| export
+def _candidates(m, U, method):
+    "Both signs of each direction, the climbed ones before them if the method climbs, and the scores of all."
+    U,score = _unit(torch.cat([U,-U])),lambda u: method.score(activity(m, u*_size(m)))
+    if method.ascent is not None: U = torch.cat([ascend(score, U, method.ascent.steps, method.ascent.lr), U])
+    return U,score(U)
 
 def _mirror(m, k, method, metric, back):
     "Candidates from the (whitened) growth matrix, ranked by the method's score in the real path."
-    n = min(method.candidates*k, m.rows, m.cols)
-    sigma,U,_ = leading_directions(m, n, metric)
-    rank = rank_of(m, sigma)
-    if k>2*rank: raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but this batch offers {2*rank} directions, signs included; ask for fewer or give a larger growth batch")
-    U = _candidates(m, U[:rank] if metric is None else U[:rank]@metric, sigma[:rank], method)
-    score = method.score(activity(m,U))
-    best = _pick(U, score, k, back, method.similarity)
-    return _mirror_proposal(m, U[best], score[best])
+    for n in (method.candidates*k, m.rows+m.cols):
+        sigma,U,_ = leading_directions(m, min(n,m.rows,m.cols), metric)
+        U = U[:rank_of(m, sigma)]
+        U,score = _candidates(m, U if metric is None else U@metric, method)
+        best = _pick(U if back is None else U@back, score, k, method.similarity)
+        if len(best)==k: return _mirror_proposal(m, U[best], score[best], method.length)
+    raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but this batch offers {len(best)} directions with a gradient, signs included; ask for fewer or give a larger growth batch")
 
 #| export
 @dataclass
@@ -267,14 +335,18 @@ class OfficialRandom(RandomGrowth):
     "Incoming zero, outgoing directions with all entries positive, as in the paper's code."
     def directions(self, m, k): return _unit(torch.rand(k, m.cols, generator=_generator(m)).to(m.weight))
 
+#| export
+def _firing(m, U):
+    "`U` with directions turned around that never fire on this batch, so that no neuron is born dead."
+    return torch.where(activity(m, U*_size(m)).rms[:,None]>0, U, -U)
+
 @dataclass
 class MirrorRandom:
     "Outgoing zero, incoming Gaussian directions."
     length:object=field(default_factory=MeanNorm) # Length rule
     def propose(self, m, k):
-        U = _gaussian(m, k, m.rows)
-        U = U*self.length(m, U, U.new_ones(k), Incoming())[:,None]
-        return _mirror_proposal(m, U, activity(m,U).gradient.norm(dim=1)/U.norm(dim=1))
+        U = _firing(m, _gaussian(m, k, m.rows))
+        return _mirror_proposal(m, U, _strength(m,U), self.length)
 
 #| export
 def _adam(loss, params, project, steps, lr):
@@ -305,9 +377,8 @@ class GradMaxOpt:
 class MirrorGradMaxOpt(GradMaxOpt):
     "Outgoing zero, incoming directions from Adam steps that maximise the outgoing weights' gradient norm."
     def propose(self, m, k):
-        U, = _adam(lambda U: -activity(m,U).gradient.norm(), [_gaussian(m,k,m.rows)], lambda U: [_unit(U)], self.steps, self.lr)
-        U = U*self.length(m, U, U.new_ones(k), Incoming())[:,None]
-        return _mirror_proposal(m, U, activity(m,U).gradient.norm(dim=1)/U.norm(dim=1))
+        U, = _adam(lambda U: -activity(m,U*_size(m)).gradient.norm(), [_firing(m,_gaussian(m,k,m.rows))], lambda U: [_unit(U)], self.steps, self.lr)
+        return _mirror_proposal(m, U, _strength(m,U), self.length)
 
 #| export
 @dataclass
@@ -341,7 +412,7 @@ class MirrorFirefly(Firefly):
 def _fit_both(m, method, k, zero_incoming):
     "Incoming and outgoing weights after Firefly's Adam steps."
     U,V = _gaussian(m,k,m.rows+m.cols).split([m.rows,m.cols],1)
-    U,V = _unit(U),_unit(V)
+    U,V = _unit(U) if zero_incoming else _firing(m,_unit(U)),_unit(V)
     lu,lv = (t[:,None] for t in method.lengths(m,U,V))
     U,V = _adam(lambda U,V: loss_with(m,U*lu,V*lv,zero_incoming), [U,V], lambda U,V: [_unit(U),_unit(V)], method.steps, method.lr)
     return U*lu,V*lv

@@ -264,19 +264,31 @@ class _Shapes(fx.Interpreter):
         return out
 
 #| export
+def kept_buffers(
+    model:nn.Module # Model that is about to run
+)->list:
+    "Every buffer of `model` with its place and a copy of its value, for `put_back`."
+    return [(m._buffers,n,b,b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
+
+def put_back(
+    buffers:list # From `kept_buffers`
+):
+    "Restore buffers that were changed in place or replaced."
+    with torch.no_grad():
+        for table,name,b,value in buffers: table[name] = b.copy_(value)
+
 @contextmanager
 def evaluating(
     model:nn.Module # Model to run without a trace
 ):
     "Evaluation mode without gradients; modes, buffers and torch's random state are restored afterwards."
-    modes,buffers = [(m,m.training) for m in model.modules()],[(b,b.clone()) for b in model.buffers()]
+    modes,buffers = [(m,m.training) for m in model.modules()],kept_buffers(model)
     model.eval()
     try:
         with torch.no_grad(), _own_draws(): yield model
     finally:
         for m,mode in modes: m.training = mode
-        with torch.no_grad():
-            for b,value in buffers: b.copy_(value)
+        put_back(buffers)
 
 def _own_draws(): return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else [])
 
@@ -291,8 +303,7 @@ def _graphs(model):
     "Symbolic graphs of evaluation and training mode, those that can be recorded; if none can, the first error is raised."
     graphs,errors = [],[]
     for mode in (False,True):
-        model.train(mode)
-        try: graphs.append(_Tracer().trace(model))
+        try: graphs.append(_Tracer().trace(model.train(mode)))
         except Exception as e: errors.append(e)
     model.eval()
     if not graphs: raise errors[0]
@@ -304,8 +315,13 @@ def _trace(model, xb):
     "The traced graph of `model` that calls most layers, with shapes."
     with evaluating(model):
         graph,*rest = _graphs(model)
-        if rest and _calls(rest[0])>_calls(graph): graph = rest[0]
-        _Shapes(fx.GraphModule(model, graph)).run(*as_inputs(xb))
+        if rest and _calls(rest[0])>_calls(graph):
+            try: return _with_shapes(model, rest[0], xb)
+            except Exception: pass # an input too small for what only training calls
+        return _with_shapes(model, graph, xb)
+
+def _with_shapes(model, graph, xb):
+    _Shapes(fx.GraphModule(model, graph)).run(*as_inputs(xb))
     return graph
 
 #| export
@@ -371,7 +387,9 @@ def _operation(model, n, spots):
 #| export
 def _walk(model, start, problems):
     "The path and the readers of the producer at node `start`; raises `_Refused`."
-    axis = 1 if isinstance(model.get_submodule(start.target), _ConvNd) else len(start.meta['shape'])-1
+    m,shape = model.get_submodule(start.target),start.meta['shape']
+    if len(shape) < (m.weight.dim() if isinstance(m,_ConvNd) else 2): raise _Refused("gets an example without a batch dimension; pass a batch, `xb[None]`")
+    axis = 1 if isinstance(m,_ConvNd) else len(shape)-1
     spots,path,readers = {start:_Spot(Ref(0), axis)},[],[]
     for n in start.graph.nodes:
         if not any(a in spots for a in n.all_input_nodes) or _is_shape_arithmetic(n): continue
@@ -511,12 +529,12 @@ def _size(t): return t.abs().max().item() if t.numel() and t.dtype!=torch.bool e
 
 def _wrong_path(site, seen):
     "None if the path gives what every reader gets, else what is wrong."
-    layers = (site.name, *(r.name for r in site.readers))
-    for i,n in enumerate(layers):
-        if i not in seen: return f"`{n}` is not called for this input"
+    names = [r.name for r in site.readers]
+    if 0 not in seen: return f"`{site.name}` is not called for this input"
+    if len(seen)==1: return f"`{names[0]}` is not called for this input" # of several readers, some may be for training only
     try: values = run_path(site, seen[0], {})
-    except Exception as e: return f"its path to {', '.join(f'`{n}`' for n in layers[1:])} failed: {_said(e)}"
-    wrong = [n for i,(n,a) in enumerate(zip(layers[1:],values),1) if _differs(a,seen[i])]
+    except Exception as e: return f"its path to {', '.join(f'`{n}`' for n in names)} failed: {_said(e)}"
+    wrong = [n for i,(n,a) in enumerate(zip(names,values),1) if i in seen and _differs(a,seen[i])]
     if wrong: return f"`{wrong[0]}` gets something else than the path makes of `{site.name}`'s output: an operation, a hook or a layer in between is missing or wrong"
 
 #| export
@@ -610,11 +628,12 @@ def _try(model, name, nodes, problems, found, refused):
     except _Refused as e: refused[name] = Refusal(name, str(e))
 
 #| export
-def _declared_step(model, i, p):
-    "Step `i+1` of a declared path, which applies the layer name or function `p`."
+def _declared_step(model, i, p, width):
+    "Step `i+1` of a declared path, which applies the layer name or function `p` to what `width` neurons have become."
     if not isinstance(p, str): return Step(_label(p), None, p, (Ref(i),1) if p is torch.flatten else (Ref(i),), {}, p in _pointwise_functions)
     layer = model.get_submodule(p)
-    return Step(p, p, None, (Ref(i),), {}, type(layer) in _pointwise_layers and not _has_channels(layer))
+    features = next((len(t) for t in (*layer.parameters(),*layer.buffers()) if t.dim()), width) if _has_channels(layer) else width
+    return Step(p, p, None, (Ref(i),), {}, type(layer) in _pointwise_layers and not _has_channels(layer), features//width)
 
 def _known(model, names):
     "Raise `ValueError` for a name that is no layer of `model`."
@@ -635,6 +654,6 @@ def declare_site(
     *between,reader = (p for p in path if not (isinstance(p,str) and type(model.get_submodule(p)) in _dropouts or p in _dropouts))
     for name in (producer,reader):
         if _kind(model.get_submodule(name)): raise ValueError(f"`{name}` {_kind(model.get_submodule(name))}")
-    spread = model.get_submodule(reader).weight.shape[1]//model.get_submodule(producer).weight.shape[0]
-    readers = (Reader(reader, Ref(len(between)), spread),)
-    return check_site(model, Site(producer, tuple(_declared_step(model,i,p) for i,p in enumerate(between)), readers, model), xb)
+    width = model.get_submodule(producer).weight.shape[0]
+    readers = (Reader(reader, Ref(len(between)), model.get_submodule(reader).weight.shape[1]//width),)
+    return check_site(model, Site(producer, tuple(_declared_step(model,i,p,width) for i,p in enumerate(between)), readers, model), xb)

@@ -154,13 +154,14 @@ class Recipe:
     full_widths:tuple=(7,14)  # Channels after the last event
     events:int=6              # Growth events
     growth_batch:int=200      # Training pictures that a growth event looks at
+    grown_by:float=.375       # Share of the training after which the last event is over
 
     def __post_init__(self):
         if self.steps<20: raise ValueError(f"a training needs at least 20 steps, got {self.steps}")
         if not self.lr>0: raise ValueError(f"the learning rate must be positive, got {self.lr}")
 
     @property
-    def when(self)->EveryN: return EveryN(self.steps//16, times=self.events)
+    def when(self)->EveryN: return EveryN(int(self.steps*self.grown_by/self.events), times=self.events)
 
     def widths(self, event:int)->tuple:
         "Channels after `event` growth events."
@@ -169,16 +170,17 @@ class Recipe:
 # %% ../../nbs/experiments/01_demo.ipynb #0000001a
 def pictures_recipe()->Recipe:
     "The recipe for a folder of pictures."
-    return Recipe(steps=1500, seed_widths=(8,8), full_widths=(32,32))
+    return Recipe(steps=1500, seed_widths=(8,8), full_widths=(32,32), grown_by=.45)
 
 # %% ../../nbs/experiments/01_demo.ipynb #0000001d
 @dataclass
 class AwakeRMS:
     "As `ActivationRMS`, but never below `floor` times what a linear neuron with weights as long as the existing ones would show."
-    floor:float=.25 # 0 is `ActivationRMS` itself
+    floor:float=.1 # 0 is `ActivationRMS` itself
     def __call__(self, m, directions, sigma, side):
-        awake = self.floor*existing_incoming(m).norm(dim=1).mean()*input_energy(m).diagonal().mean().sqrt()
-        return awake.clamp_min(existing_rms(m))/activity(m,directions).rms.clamp_min(1e-6)
+        size = existing_incoming(m).norm(dim=1).mean()
+        wanted = (self.floor*size*input_energy(m).diagonal().mean().sqrt()).clamp_min(existing_rms(m))
+        return (wanted/activity(m,directions).rms.clamp_min(1e-30)).clamp_max(100*size)
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000021
 @dataclass
