@@ -48,8 +48,8 @@ def _demo(args):
     "`gradmax demo`"
     from gradmax_nb.experiments.demo import run_demo, table_text, verdict, write_report
     c = _comparison(args)
-    print(f"{c.source.name}: {len(c.names)} methods, {c.seeds} seeds, {c.recipe.steps} steps each; Ctrl-C stops, the same command goes on", flush=True)
-    results,finished = run_demo(c, fresh=args.fresh)
+    print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on", flush=True)
+    results,finished = run_demo(c, fresh=args.fresh, threads=args.threads)
     print('\n'+table_text(results['summary'])+'\n')
     for line in verdict(results['runs']): print(line)
     for path in write_report(c, results, args.command_line): print(path)
@@ -83,8 +83,7 @@ def _sites(args):
     from gradmax_nb.sites import find_sites
     model = _load(args.model)
     if not isinstance(model, torch.nn.Module): raise ValueError(f"{args.model!r} gives a {type(model).__name__}, not a torch.nn.Module")
-    try: sites,refused = find_sites(model, torch.randn(2,*_shape(args), generator=torch.Generator().manual_seed(0)))
-    except RuntimeError as e: raise ValueError(f"{args.model!r} does not run on inputs of shape {_shape(args)}: {e}") from e
+    sites,refused = find_sites(model, torch.randn(2,*_shape(args), generator=torch.Generator().manual_seed(0)))
     for s in sites: print(f"{s.name}: {s.width} neurons, read by {', '.join(r.name for r in s.readers)}")
     for r in refused: print(f"{r.name}: refused, {r.reason}")
     print(f"{len(sites)} sites, {len(refused)} refused")
@@ -116,6 +115,7 @@ def _add_demo(commands):
     p.add_argument('--steps', type=_whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
     p.add_argument('--lr', type=float, metavar='X', help='learning rate at the start (0.02)')
     p.add_argument('--methods', metavar='A,B', help='only these, for instance BoundMax,Baseline-Small,Baseline-Big')
+    p.add_argument('--threads', type=_whole, metavar='N', help='processor threads (1; all cores with --data)')
     p.add_argument('--quick', action='store_true', help='a few seconds of training: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse finished runs found in the output folder')
     g = p.add_argument_group('your own pictures')

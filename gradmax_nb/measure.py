@@ -17,6 +17,7 @@ from gradmax_nb.sites import Site, apply_bud, as_inputs, kept_buffers, make_buds
 _convs = {nn.Conv1d:(F.conv1d, nn.grad.conv1d_weight, nn.grad.conv1d_input), nn.Conv2d:(F.conv2d, nn.grad.conv2d_weight, nn.grad.conv2d_input),
           nn.Conv3d:(F.conv3d, nn.grad.conv3d_weight, nn.grad.conv3d_input)}
 
+#| export
 def _pads_itself(m): return isinstance(m, _ConvNd) and (m.padding_mode!='zeros' or isinstance(m.padding, str))
 
 def _pad(m, x):
@@ -83,6 +84,7 @@ def recording(
 #| export
 def _plain(t): return t.detach().as_subclass(torch.Tensor) # fastai's tensor types must not travel into parameters
 
+#| export
 def _edge(out):
     "`out`, made to require a gradient, and the place in the graph where its gradient arrives."
     if not out.requires_grad: out = out + out.new_zeros(()).requires_grad_()
@@ -133,6 +135,7 @@ def samples_in(
     while not isinstance(xb, torch.Tensor): xb = next(iter(xb.values() if isinstance(xb, dict) else xb))
     return len(xb)
 
+#| export
 def as_batches(
     batch # `(xb, yb)`, or an iterable of such pairs
 )->list:
@@ -167,6 +170,7 @@ def _capture(model, sites, pair, loss_func, extra=None, share=1.):
     out = [Captured(_pad(s.producer, _plain(seen[s.name]['x'])), [_share(next(grads), s, share) for _ in s.readers], seen[s.name]['inputs']) for s in sites]
     return loss.detach(),out
 
+#| export
 def _share(g, site, share):
     "One batch's part of the gradient."
     if g is None: raise ValueError(f"the loss does not depend on what `{site.name}` feeds: its gradient does not exist")
@@ -179,6 +183,7 @@ def lift_of(
     "A positive constant lost in rounding next to 1, yet not zero in half precision."
     return min(torch.finfo(dtype).eps/2, 2.**-24)
 
+#| export
 class Lift:
     "Forward hook that adds a constant to channels `start` and later; for layers without a bias."
     def __init__(self, start, value): self.start,self.value = start,value
@@ -217,6 +222,7 @@ def _starts(site):
     "Layers that begin a stretch: the producer, and each norm or depthwise convolution on the path."
     return [site.name] + [s.layer for s in site.path if s.layer and isinstance(site.model.get_submodule(s.layer), (_NormBase,_ConvNd))]
 
+#| export
 def _probe(site, z, start, value):
     "Derivative along a random direction of all that `start`'s stretch ends in, when `start` gives the constant `value`."
     ends,probe,g = [],torch.full_like(z, value).requires_grad_(),torch.Generator().manual_seed(0)
@@ -236,7 +242,7 @@ def _probe(site, z, start, value):
 #| export
 def _gradient(total, x):
     "Gradient of `total`, zeros where it does not depend on `x`."
-    g = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+    g = torch.autograd.grad(total, x, allow_unused=True, retain_graph=True)[0] if total.requires_grad else None # readers may share a part of the graph
     return torch.zeros_like(x) if g is None else g
 
 def _same(a, b): return bool((a-b).norm() <= 1e-3*b.norm())
@@ -244,14 +250,15 @@ def _same(a, b): return bool((a-b).norm() <= 1e-3*b.norm())
 #| export
 def operating_point(
     site:Site,     # Where
-    z:torch.Tensor # One sample of the producer's output with one channel: `(1, 1, ...)`, or `(..., 1)` for a Linear
+    z:torch.Tensor # Shaped like the producer's output with one channel: `(2, 1, ...)`, or `(2, ..., 1)` for a Linear; norms need two samples
 )->OperatingPoint:
     "Decide how new neurons with zero incoming weights start; raises `ValueError` where they could never learn."
     point,lift = OperatingPoint(),lift_of(z.dtype)
     for name in _starts(site):
         above = _probe(site, z, name, lift)
         if above.any() and _same(_probe(site,z,name,0.), above): continue
-        value = lift if above.any() else _other_point(site, z, name)
+        steep = above.norm() > 1e-3*_probe(site,z,name,1.).norm() # a squared ReLU has a slope there, but one as small as the lift
+        value = lift if steep else _other_point(site, z, name)
         _hold(point, site, name, value, lift)
     _note_norms(point, site)
     return point
@@ -274,6 +281,7 @@ def _hold(point, site, name, value, lift):
     why = "the activation's derivative jumps at 0" if value==lift else "the activation's derivative is 0 at 0"
     point.notes.append(f"`{name}`: {how} {value:.2g}, because {why}")
 
+#| export
 def _note_norms(point, site):
     for name,b in make_buds(site,1).items():
         if not isinstance(b, _NormBase): continue
@@ -295,7 +303,8 @@ class Measurement:
     @cached_property
     def point(self)->OperatingPoint:
         "Set-up of neurons with zero incoming weights."
-        return operating_point(self.site, self.batches[0].x.new_zeros(_z_shape(self, self.batches[0].x[:1], 1)))
+        x = self.batches[0].x
+        return operating_point(self.site, x.new_zeros(2, *_z_shape(self, x[:1], 1)[1:]))
     @cached_property
     def slopes(self)->list: return path_slopes(self)
     @cached_property
@@ -325,9 +334,19 @@ def outgoing_weights(m, V):
     parts = V.split([s.numel() for s in m.shapes], 1)
     return [p.reshape(-1,*s).transpose(0,1).flatten(1,2) for p,s in zip(parts,m.shapes)]
 
+#| export
 def outgoing_directions(m, weights):
     "The inverse of `outgoing_weights`: `(k, cols)`."
     return torch.cat([w.unflatten(1,(-1,s[1])).transpose(0,1).flatten(1) for w,s in zip(weights,m.shapes)], 1)
+
+#| export
+def existing_incoming(m):
+    "Incoming weights of the present neurons, `(width, rows)`."
+    return m.weight.detach().flatten(1)
+
+def existing_outgoing(m):
+    "Outgoing weights of the present neurons, `(width, cols)`."
+    return outgoing_directions(m, [c.weight.detach() for c in m.consumers])
 
 #| export
 def _local(m):
@@ -338,6 +357,7 @@ def _base(m, z):
     "The constant output of new neurons in the producer, shaped like `z`."
     return torch.full_like(z, m.point.bias + m.point.lifts.get(m.site.name, 0.))
 
+#| export
 def _path(m, z, buds):
     "What the readers see of new neurons, padded as the readers pad."
     return tuple(_pad(c,a) for c,a in zip(m.consumers, run_path(m.site, z, buds, m.point.lifts)))
@@ -384,6 +404,7 @@ def _z_shape(m, x, k):
     padding = (padding,)*len(p.kernel_size) if isinstance(padding, int) else padding
     return (len(x), k, *((s+2*q-d*(f-1)-1)//t+1 for s,q,d,f,t in zip(x.shape[2:],padding,dilation,p.kernel_size,stride)))
 
+#| export
 def _reader_shape(c, seen, k, spread):
     "Shape of a reader's padded input for `k` new neurons."
     return None if isinstance(c, nn.Linear) else (lambda s: (s[0],k*spread,*s[2:]))(_pad(c, seen[:,:1]).shape)
@@ -394,6 +415,7 @@ def positions(m)->int:
     shape = _z_shape(m, m.batches[0].x[:1], 1)
     return torch.Size(shape).numel()
 
+#| export
 def _reader_gradients(m, b, V):
     "Gradients at the readers' inputs for new neurons with outgoing directions `V`."
     return [input_gradient(c, _reader_shape(c,seen,len(V),r.spread), w, d) for c,r,w,d,seen in zip(m.consumers,m.site.readers,outgoing_weights(m,V),b.deltas,b.inputs)]
@@ -429,6 +451,7 @@ def _loss_with(model, sites, pairs, loss_func, shares, extra):
 
 def _seed(site): return (zlib.crc32(site.name.encode()) + 1000003*site.width + torch.initial_seed() + int(torch.randint(2**31,()))) % 2**62
 
+#| export
 def measure(
     model:nn.Module,      # Model
     sites:list,           # Sites found on it
@@ -492,6 +515,7 @@ def _squares_of(t, k):
     "Sum of the `k` largest squared singular values of `t`."
     return torch.linalg.eigvalsh(_gram(t))[-k:].sum().item()
 
+#| export
 def _orthonormal(t, against):
     "Orthonormal basis of the rows of `t`, orthogonal to `against`."
     if against is None or not len(against): return torch.linalg.qr(t.T)[0].T
@@ -518,6 +542,7 @@ def _axes(m, c):
     n = len(c.kernel_size)
     return list(zip(m.producer.kernel_size, s1, wide(p1,n), d1, c.kernel_size, s2, wide(p2,n), d2))
 
+#| export
 def _outside(axis, size, hidden, out):
     "Triples `(u, v, q)` along one axis whose hidden position is outside the map though their input position is inside."
     k1,s1,p1,d1,k2,s2,p2,d2 = axis
@@ -549,6 +574,7 @@ def _correlate(m, b):
         parts.append(M*slope)
     return torch.cat(parts, 1)
 
+#| export
 def _aligned(x, delta, axes, offsets):
     "`x` padded and cut so that output position q and offset o meet input position s1 s2 q + o."
     pads = [(s1*p2+p1, s1*s2*(q-1)+o.max().item()+1-(s1*p2+p1)-size) for (_,s1,p1,_,_,s2,p2,_),o,q,size in zip(axes,offsets,delta.shape[2:],x.shape[2:])]
@@ -583,6 +609,7 @@ def growth_matrix_of(
             total = total + outgoing_directions(m, [weight_gradient(c,t,d) for c,t,d in zip(m.consumers,a,part.deltas)])
     return total
 
+#| export
 def _parts(m, b):
     "Split a batch so that its patches stay small in memory. BatchNorm couples samples, so then it stays whole."
     size = len(b.x) if not m.local else max(1, 2**24//(m.rows*max(1,b.x[0,:1].numel())))
@@ -598,10 +625,12 @@ def _dense_is_cheaper(m, block):
         return m.batches[0].x.shape[1]*sum(c.weight.shape[0] for c in m.consumers)*taps <= 3*product
     return (m.rows*m.cols if isinstance(m.producer, nn.Linear) else min(m.rows,m.cols)*(m.rows+m.cols)) <= product
 
+#| export
 def _couples(m):
     "True where the path makes samples depend on each other."
     return any(isinstance(m.site.model.get_submodule(n),_NormBase) for n in _starts(m.site)[1:])
 
+#| export
 def fewer(
     m:Measurement, # Site
     n:int          # Samples wanted
@@ -623,6 +652,7 @@ def _first_block(m, block, k, whiten):
     if part is m: return start
     return top_singular(lambda V: whiten(gradient_in(part,V)), lambda U: gradient_out(part,whiten(U)), start, block, tol=.1, max_iter=3)[1]
 
+#| export
 def _decompose(M, k, seed):
     "Leading triples of a matrix at hand; iterated to rounding where a full decomposition would cost more than the training step."
     if min(M.shape)<=192:
@@ -631,6 +661,7 @@ def _decompose(M, k, seed):
     start = torch.randn(min(k+16,*M.shape), len(M), generator=torch.Generator().manual_seed(seed)).to(M)
     return top_singular(lambda V: V@M.T, lambda U: U@M, _orthonormal(start,None), k, tol=10*torch.finfo(M.dtype).eps, max_iter=60)
 
+#| export
 def leading_directions(
     m:Measurement,          # Site
     k:int,                  # Number of triples, at most `min(rows, cols)`
@@ -740,6 +771,7 @@ class Activity:
     gradient:torch.Tensor # Gradient of their outgoing weights, `(k, cols)`
     rms:torch.Tensor      # Root mean square of their activations at the readers, `(k,)`
 
+#| export
 def activity(
     m:Measurement, # Site
     U:torch.Tensor # Incoming weights, `(k, rows)`
@@ -752,6 +784,7 @@ def activity(
         squares,count = squares + sum(_squares(m,j,t) for j,t in enumerate(a)), count + sum(t.numel() for t in a)/len(U)
     return Activity(grads, (squares/count).sqrt())
 
+#| export
 def _squares(m, j, a):
     "Sum of squares per neuron of the values a reader receives."
     c,spread = m.consumers[j],m.site.readers[j].spread
@@ -764,10 +797,6 @@ def existing_rms(
     "Mean over the existing neurons of the root mean square of their activations."
     squares = sum(_squares(m,j,t) for b in m.batches for j,t in enumerate(b.inputs))
     return (squares/(sum(t.numel() for b in m.batches for t in b.inputs)/m.site.width)).sqrt().mean().item()
-
-def existing_incoming(m): return m.weight.detach().flatten(1)
-
-def existing_outgoing(m): return outgoing_directions(m, [c.weight.detach() for c in m.consumers])
 
 #| export
 def input_energy(
@@ -811,6 +840,7 @@ def loss_with(
     "The growth batch's loss with candidate neurons in place, differentiable."
     return m.virtual_loss(adding(m,U,V,zero_incoming))
 
+#| export
 def with_neurons(m, U, V):
     "The measurement as it would be with candidate neurons in place."
     loss,batches = m.rerun(adding(m, U, V, True))
