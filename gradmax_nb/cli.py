@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../nbs/09_cli.ipynb #00000002
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from . import __version__
 
@@ -48,6 +49,7 @@ def _demo(args):
     "`gradmax demo`"
     from gradmax_nb.experiments.demo import run_demo, table_text, verdict, write_report
     c = _comparison(args)
+    c.out.mkdir(parents=True, exist_ok=True)
     print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on", flush=True)
     results,finished = run_demo(c, fresh=args.fresh, threads=args.threads)
     print('\n'+table_text(results['summary'])+'\n')
@@ -146,7 +148,10 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.command_line = ' '.join(['gradmax', *argv])
-    try: return args.run(args)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='.torch.jit', category=FutureWarning) # torch warns of itself
+            return args.run(args)
     except (ValueError,OSError) as e:
         print(f"gradmax: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
