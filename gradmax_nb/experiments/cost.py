@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Case', 'mlp_case', 'conv_case', 'PreActBlock', 'narrow_wrn', 'wrn_case', 'train_step', 'grown_copy', 'ratios',
-           'exactness', 'versions', 'run_cost', 'main']
+           'in_dtype', 'exactness', 'versions', 'run_cost', 'main']
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000002
 import argparse
@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def narrow_wrn(
 )->nn.Module:
     "WRN-28-1 with narrow blocks."
     channels,blocks = 16,[]
-    for stage,(c,stride) in enumerate(((16,1),(32,2),(64,2))):
+    for c,stride in ((16,1),(32,2),(64,2)):
         for i in range(n_blocks):
             blocks.append(PreActBlock(channels, c, stride if i==0 else 1, int(c*fraction)))
             channels = c
@@ -144,6 +144,15 @@ def _directions(site, old):
     w = w[:,old*spread:].unflatten(1,(-1,spread)).transpose(0,1).flatten(1).double()
     return w/w.norm(dim=1,keepdim=True)
 
+def in_dtype(
+    case:Case,        # Any
+    dtype:torch.dtype # Floating point type
+)->Case:
+    "The case with model and data in `dtype`."
+    to = lambda t: t.to(dtype) if t.is_floating_point() else t
+    return replace(case, model=deepcopy(case.model).to(dtype), batch=tuple(to(t) for t in case.batch))
+
+# %% ../../nbs/experiments/02_cost.ipynb #0000001c
 def exactness(
     case:Case # What to grow
 )->dict:      # `deficit`: missing share of the squared gradient norm, `error`: relative error of the prediction; the worst over all sites
@@ -157,7 +166,7 @@ def exactness(
     errors = [abs(measured_norm(r,case.batch,case.loss_func)/r.predicted-1) for r in recs]
     return dict(sites=len(sites), deficit=max(max(0.,1-g/b) for g,b in zip(got,best)), error=max(errors))
 
-# %% ../../nbs/experiments/02_cost.ipynb #00000020
+# %% ../../nbs/experiments/02_cost.ipynb #00000021
 def versions()->dict:
     "Versions that matter for the result."
     return dict(gradmax_nb=__version__, python=platform.python_version(), torch=torch.__version__)
@@ -173,14 +182,14 @@ def run_cost(
     rows,load = [],os.getloadavg()[0] if hasattr(os,'getloadavg') else None
     for c in (cases or (lambda: (mlp_case(), conv_case(), wrn_case())))():
         times = [ratios(c, repeats, n) for n in sorted({1,os.cpu_count() or 1})]
-        rows.append(dict(name=c.name, title=c.title, times=times, **exactness(c)))
+        rows.append(dict(name=c.name, title=c.title, times=times, **exactness(c), error_double=exactness(in_dtype(c,torch.float64))['error']))
         watch(rows[-1])
     return dict(rows=rows, method=repr(GradMax()), optimizer='SGD, momentum 0.9', repeats=repeats, seed=seed, load_before=load, versions=versions(), hardware=hardware())
 
-# %% ../../nbs/experiments/02_cost.ipynb #00000021
+# %% ../../nbs/experiments/02_cost.ipynb #00000022
 def _line(row):
     times = ', '.join('{0[threads]} thread(s): {0[ratio][median]:.2f} ({0[ratio][min]:.2f} to {0[ratio][max]:.2f})'.format(t) for t in row['times'])
-    return f"{row['title']}\n    {times}; deficit {row['deficit']:.1e}, error of the prediction {row['error']:.0e}"
+    return f"{row['title']}\n    {times}; deficit {row['deficit']:.1e}, error of the prediction {row['error']:.0e}, in double precision {row['error_double']:.0e}"
 
 def main(
     args=None # Command line; None takes the real one
@@ -194,5 +203,5 @@ def main(
     result = run_cost(repeats=a.repeats, seed=a.seed, watch=lambda r: print(_line(r), flush=True))
     if a.out: a.out.write_text(json.dumps(result, indent=1)+'\n')
 
-# %% ../../nbs/experiments/02_cost.ipynb #00000022
+# %% ../../nbs/experiments/02_cost.ipynb #00000023
 if __name__=='__main__': main()
