@@ -20,7 +20,7 @@ from .optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from .sites import NewNeurons, Site, as_inputs, evaluating, make_buds, run_path, widen
 from .surgery import surgery_guard
 
-# %% ../nbs/04_growth.ipynb #0000000a
+# %% ../nbs/04_growth.ipynb #0000000c
 @dataclass
 class Growth:
     "What one growth did at one site."
@@ -37,7 +37,7 @@ class Growth:
 
     def __repr__(self): return f"Growth({self.site.name}: {self.old_width} -> {self.new_width}, {self.method}, predicted={self.predicted:.4g})"
 
-# %% ../nbs/04_growth.ipynb #0000000c
+# %% ../nbs/04_growth.ipynb #0000000e
 def _shift(m, V, j, buds):
     "What reader `j`'s bias must take up, `(d_out,)`, or None; raises `ValueError` where no bias can."
     c,name = m.site.consumers[j],m.site.readers[j].name
@@ -51,7 +51,7 @@ def _shift(m, V, j, buds):
     if c.bias is None: raise ValueError(f"`{m.site.name}`: new neurons start with a constant, and `{name}` has no bias to take it up; give it a bias or use a mirror method (zero outgoing weights)")
     return -out[:,0]
 
-# %% ../nbs/04_growth.ipynb #0000000d
+# %% ../nbs/04_growth.ipynb #0000000f
 def _new_neurons(m, p):
     "The proposal `p` as weights in the layout of the layers, and the hooks that go with them."
     k,weights = len(p.incoming),tuple(outgoing_weights(m,p.outgoing))
@@ -64,7 +64,7 @@ def _new_neurons(m, p):
     bias = None if m.site.producer.bias is None else m.weight.new_full((k,), m.point.bias)
     return NewNeurons(incoming_weight(m,p.incoming), weights, bias, buds, shifts),m.point.lifts
 
-# %% ../nbs/04_growth.ipynb #0000000f
+# %% ../nbs/04_growth.ipynb #00000011
 def _check_norms(m):
     "Refuse a frozen norm in training mode: the tiny scale of its new channels could never grow."
     for name in make_buds(m.site, 1):
@@ -72,14 +72,14 @@ def _check_norms(m):
         stuck = isinstance(b,_NormBase) and b.weight is not None and not b.weight.requires_grad and (b.training or b.running_var is None)
         if stuck: raise ValueError(f"`{name}` is frozen while it normalises by batch statistics, so the new channels of `{m.site.name}` would stay at a scale of sqrt(eps); unfreeze it, put it in evaluation mode, or use a mirror method (zero outgoing weights)")
 
-# %% ../nbs/04_growth.ipynb #00000011
+# %% ../nbs/04_growth.ipynb #00000013
 def _attach_lifts(site, lifts, old_width):
     "Hooks that keep new neurons above zero behind layers without a bias; a hook of an earlier growth covers later ones."
     for name,value in lifts.items():
         layer = site.model.get_submodule(name)
         if not any(isinstance(h,Lift) for h in layer._forward_hooks.values()): layer.register_forward_hook(Lift(old_width,value))
 
-# %% ../nbs/04_growth.ipynb #00000013
+# %% ../nbs/04_growth.ipynb #00000015
 def _request(model, site, k):
     "Check and normalise `site` and `k`; returns lists of equal length."
     sites = list(site) if isinstance(site, (list,tuple)) else [site]
@@ -93,14 +93,14 @@ def _request(model, site, k):
     if len({s.name for s in sites})<len(sites): raise ValueError("a site is listed twice: grow it once with the larger k")
     return [s.on(model) for s in sites],[int(n) for n in ks]
 
-# %% ../nbs/04_growth.ipynb #00000014
+# %% ../nbs/04_growth.ipynb #00000016
 def _check_trainable(site):
     "Refuse frozen and half-precision layers."
     for name,m in ((site.name,site.producer),*zip((r.name for r in site.readers),site.consumers)):
         if m.weight.dtype not in (torch.float32,torch.float64): raise ValueError(f"`{name}` has {m.weight.dtype} weights, too coarse to measure growth with; keep the weights in float32 and train under autocast")
         if not m.weight.requires_grad: raise ValueError(f"`{name}` is frozen (requires_grad=False), so new weights there would never learn; unfreeze it before growing `{site.name}`")
 
-# %% ../nbs/04_growth.ipynb #00000015
+# %% ../nbs/04_growth.ipynb #00000017
 def _composed(swaps):
     "Swaps with chains `a -> b -> c` shortened to `a -> c`: a layer can be reader of one site and producer of the next."
     out = []
@@ -115,7 +115,7 @@ def _held(sites):
     layers = [m for s in sites for m in (s.producer,*s.consumers,*(s.model.get_submodule(n) for n in make_buds(s,1)))]
     return list({id(p):p for m in layers for p in m._parameters.values() if p is not None and p.requires_grad}.values())
 
-# %% ../nbs/04_growth.ipynb #00000017
+# %% ../nbs/04_growth.ipynb #00000019
 @contextmanager
 def _full_precision(model):
     "Gradients on and autocast off, whatever surrounds the call."
@@ -123,7 +123,7 @@ def _full_precision(model):
     device = next(model.parameters()).device
     with torch.enable_grad(), torch.autocast(device.type, enabled=False): yield
 
-# %% ../nbs/04_growth.ipynb #00000018
+# %% ../nbs/04_growth.ipynb #0000001a
 def _propose(m, k, method):
     "The method's proposal for one site, checked."
     try: p = method.propose(m, k)
@@ -132,7 +132,7 @@ def _propose(m, k, method):
     if not (torch.isfinite(p.incoming).all() and torch.isfinite(p.outgoing).all()): raise ValueError(f"`{m.site.name}`: {method} proposed weights that are not finite; check the growth batch and the length rule")
     return p
 
-# %% ../nbs/04_growth.ipynb #00000019
+# %% ../nbs/04_growth.ipynb #0000001b
 def _plan(m, k, method):
     "Proposal, weights and hooks for one site."
     p = _propose(m, k, method)
@@ -141,7 +141,7 @@ def _plan(m, k, method):
 def _record(m, p, method):
     return Growth(m.site, m.site.width, m.site.width+len(p.incoming), p.sigma.detach().cpu(), float(p.predicted), method, m.loss, p.mirror, [] if p.mirror else list(m.point.notes), m.weight.shape[1])
 
-# %% ../nbs/04_growth.ipynb #0000001a
+# %% ../nbs/04_growth.ipynb #0000001c
 def grow(
     model:nn.Module,  # Model; changed in place, its module objects stay
     site,             # A `Site`, or a list of sites that grow together
@@ -162,7 +162,7 @@ def grow(
     records = [_record(m, p, method) for m,(p,_,_) in zip(ms,plans)]
     return _apply(model, opt, sites, plans, records if isinstance(site, (list,tuple)) else records[0])
 
-# %% ../nbs/04_growth.ipynb #0000001b
+# %% ../nbs/04_growth.ipynb #0000001d
 def _apply(model, opt, sites, plans, result):
     "Carry out the plans, under guards; returns `result`."
     with surgery_guard(model), optimizer_guard(opt):
@@ -174,7 +174,7 @@ def _apply(model, opt, sites, plans, result):
         rebind(opt, _composed(swaps))
         return result
 
-# %% ../nbs/04_growth.ipynb #00000020
+# %% ../nbs/04_growth.ipynb #00000022
 def measured_norm(
     rec:Growth, # Record of the last growth at its site
     batch,      # The same growth batch
@@ -192,7 +192,7 @@ def measured_norm(
     new = [g[:,rec.old_width*r.spread:rec.new_width*r.spread] for g,r in zip(grads,site.readers)]
     return torch.cat([g.flatten() for g in new]).norm().item()
 
-# %% ../nbs/04_growth.ipynb #00000023
+# %% ../nbs/04_growth.ipynb #00000025
 def count_flops(
     model:nn.Module, # Model
     xb               # Example input

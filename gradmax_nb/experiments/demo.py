@@ -37,7 +37,7 @@ from ..methods import BoundMax, GradMax, MirrorGradMax, MirrorRandom, RandomGrow
 from ..schedule import EveryN, event_steps
 from ..sites import find_sites
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000007
+# %% ../../nbs/experiments/01_demo.ipynb #00000008
 def small_net(
     widths:tuple,  # Channels of the two convolutions
     channels:int,  # Channels of a picture
@@ -51,7 +51,7 @@ def small_net(
     layers.update(conv2=nn.Conv2d(a,b,3,padding=1), relu2=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(4), flatten=nn.Flatten(), head=nn.Linear(16*b,classes))
     return nn.Sequential(layers)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000000b
+# %% ../../nbs/experiments/01_demo.ipynb #0000000c
 @dataclass
 class Data:
     "Pictures `(n, channels, size, size)` and labels `(n,)`, for training and for testing."
@@ -66,7 +66,7 @@ class Data:
         mean,std = self.x.mean((0,2,3),keepdim=True),self.x.std((0,2,3),keepdim=True).clamp_min(1e-3)
         return replace(self, x=(self.x-mean)/std, test_x=(self.test_x-mean)/std)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000000d
+# %% ../../nbs/experiments/01_demo.ipynb #0000000e
 class Digits:
     "scikit-learn's handwritten digits."
     name,threads = 'digits',1
@@ -86,7 +86,7 @@ class Digits:
     @property
     def facts(self)->dict: return dict(name=self.name, pictures=len(self.x), test_share=.3, split='stratified, one per seed')
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000010
+# %% ../../nbs/experiments/01_demo.ipynb #00000011
 def _folder(path):
     "The training and test folder below `path`, or an error that says what is missing."
     if not path.is_dir(): raise ValueError(f"there is no folder {path}: give one that holds train/ and valid/ (or val/, test/)")
@@ -96,27 +96,27 @@ def _folder(path):
         if not any(o.is_dir() for o in p.iterdir()): raise ValueError(f"{p} has no class folders: put the pictures of each class into a folder of its own")
     return path/'train',test
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000011
+# %% ../../nbs/experiments/01_demo.ipynb #00000012
 def _listing(path):
     "torchvision's view of a folder of class folders."
     from torchvision.datasets import ImageFolder
     try: return ImageFolder(path)
     except FileNotFoundError as e: raise ValueError(f"{path}: a class folder holds no pictures ({e})".replace('\n',' ')) from None
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000012
+# %% ../../nbs/experiments/01_demo.ipynb #00000013
 def _read(folder, limit, size):
     "Up to `limit` pictures of `folder`, drawn with a fixed seed, as `(n, 3, size, size)` bytes, and their labels."
     chosen = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     paths,labels = zip(*(folder.samples[i] for i in chosen))
     return torch.stack([_picture(folder,p,size) for p in paths]), torch.tensor(labels)
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000013
+# %% ../../nbs/experiments/01_demo.ipynb #00000014
 def _picture(folder, path, size):
     try: p = folder.loader(path).resize((size,size))
     except OSError as e: raise ValueError(f"{path} cannot be read as a picture ({type(e).__name__}): remove or replace it") from None
     return torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(size,size,3).permute(2,0,1).clone()
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000014
+# %% ../../nbs/experiments/01_demo.ipynb #00000015
 class Pictures:
     "A folder of pictures in fastai's layout."
     def __init__(self,
@@ -144,7 +144,7 @@ class Pictures:
     def facts(self)->dict:
         return dict(name=self.name, train=len(self.data.x), test=len(self.data.test_x), size=self.data.x.shape[-1], classes=len(self.classes), sha256=self.sha256)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000001b
+# %% ../../nbs/experiments/01_demo.ipynb #0000001c
 @dataclass(frozen=True)
 class Recipe:
     "How every network of a comparison is trained."
@@ -169,12 +169,12 @@ class Recipe:
         "Channels after `event` growth events."
         return tuple(a+(b-a)*event//self.events for a,b in zip(self.seed_widths,self.full_widths))
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000001c
+# %% ../../nbs/experiments/01_demo.ipynb #0000001d
 def pictures_recipe()->Recipe:
     "The recipe for a folder of pictures."
     return Recipe(steps=1500, seed_widths=(8,8), full_widths=(32,32), grown_by=.45)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000001f
+# %% ../../nbs/experiments/01_demo.ipynb #00000020
 @dataclass
 class AwakeRMS:
     "New channels as active as the existing ones on average, but never below `floor` times what a linear neuron with weights as long as theirs would show."
@@ -184,14 +184,14 @@ class AwakeRMS:
         wanted = (self.floor*size*input_energy(m).diagonal().mean().sqrt()).clamp_min(existing_rms(m))
         return (wanted/activity(m,directions).rms.clamp_min(1e-30)).clamp_max(100*size)
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000024
+# %% ../../nbs/experiments/01_demo.ipynb #00000025
 @dataclass
 class Contender:
     "One way through the training."
     widths:tuple        # Channels at the start
     method:object=None  # How new channels begin; None: the network never grows
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000025
+# %% ../../nbs/experiments/01_demo.ipynb #00000026
 def contenders(
     recipe:Recipe # Gives the widths
 )->dict:          # Name -> `Contender`
@@ -200,7 +200,7 @@ def contenders(
     grown = {type(m).__name__:Contender(recipe.seed_widths,m) for m in methods}
     return {**grown, 'Baseline-Small':Contender(recipe.seed_widths), 'Baseline-Big':Contender(recipe.full_widths)}
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000028
+# %% ../../nbs/experiments/01_demo.ipynb #00000029
 class Run:
     "One training of one contender."
     def __init__(self,
@@ -220,7 +220,7 @@ class Run:
 
     def _step_flops(self): return 3*count_flops(self.model, self.data.x[:self.recipe.batch_size])
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000002a
+# %% ../../nbs/experiments/01_demo.ipynb #0000002b
 def _next_batch(run):
     "Indices of the next training batch; each picture comes once per epoch."
     size = min(run.recipe.batch_size, len(run.data.x))
@@ -228,7 +228,7 @@ def _next_batch(run):
     now,run.queue = run.queue[:size],run.queue[size:]
     return now
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000002b
+# %% ../../nbs/experiments/01_demo.ipynb #0000002c
 @patch
 def step(self:Run):
     "One training step."
@@ -242,19 +242,19 @@ def step(self:Run):
     self.t,self.flops = self.t+1,self.flops+self.step_flops
     if not math.isfinite(self.losses[-1]): raise ValueError(f"the training loss is {self.losses[-1]} after {self.t} steps: lower the learning rate")
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000002d
+# %% ../../nbs/experiments/01_demo.ipynb #0000002e
 def _grow_all(run, ks):
     "Grow both sites, each by itself at random where a dead layer gives the method nothing to go by."
     args = run.growth_pair,F.cross_entropy,run.opt
     try: return grow(run.model, run.sites, ks, run.contender.method, *args)
     except ValueError: return [_grow_one(run.model, s, k, run.contender.method, args) for s,k in zip(run.sites,ks)]
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000002e
+# %% ../../nbs/experiments/01_demo.ipynb #0000002f
 def _grow_one(model, site, k, method, args):
     try: return grow(model, site, k, method, *args)
     except ValueError: return grow(model, site, k, MirrorRandom(), *args)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000002f
+# %% ../../nbs/experiments/01_demo.ipynb #00000030
 @patch
 def grow(self:Run)->list:
     "One growth event on a fresh growth batch, which stays in `growth_pair`."
@@ -266,7 +266,7 @@ def grow(self:Run)->list:
     self.records += new
     return new
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000037
+# %% ../../nbs/experiments/01_demo.ipynb #00000038
 @patch
 def fit(self:Run,
     watch=None # Called with the run, ten times on the way
@@ -279,7 +279,7 @@ def fit(self:Run,
         if watch is not None and self.t*10//self.recipe.steps > (self.t-1)*10//self.recipe.steps: watch(self)
     return self
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000038
+# %% ../../nbs/experiments/01_demo.ipynb #00000039
 def evaluate(
     model:nn.Module, # Classifier
     x:torch.Tensor,  # Pictures
@@ -289,13 +289,13 @@ def evaluate(
     with torch.no_grad(): z = torch.cat([model(b) for b in x.split(1000)])
     return F.cross_entropy(z,y).item(), (z.argmax(1)==y).double().mean().item()
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000039
+# %% ../../nbs/experiments/01_demo.ipynb #0000003a
 def _curve(losses, points=70):
     "Means of the training loss over equal stretches: `[[step, loss], ...]`."
     n = max(1, len(losses)//points)
     return [[i+n, float(f"{sum(losses[i:i+n])/n:.4g}")] for i in range(0, len(losses)-n+1, n)]
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000003a
+# %% ../../nbs/experiments/01_demo.ipynb #0000003b
 @patch
 def result(self:Run)->dict:
     "What is kept of a run: plain numbers."
@@ -304,7 +304,7 @@ def result(self:Run)->dict:
     return dict(parameters=sum(p.numel() for p in self.model.parameters()), flops=self.flops, train_loss=train_loss, test_loss=test_loss,
                 accuracy=100*accuracy, curve=_curve(self.losses), growth=growth_rows(self))
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000003b
+# %% ../../nbs/experiments/01_demo.ipynb #0000003c
 def growth_rows(
     run:Run # Grown so far
 )->list:
@@ -312,19 +312,19 @@ def growth_rows(
     steps,n = event_steps(run.recipe.when, run.recipe.steps),len(run.sites)
     return [dict(step=steps[i//n], site=r.site.name, old_width=r.old_width, new_width=r.new_width, method=type(r.method).__name__, predicted=r.predicted) for i,r in enumerate(run.records)]
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000040
+# %% ../../nbs/experiments/01_demo.ipynb #00000041
 def versions()->dict:
     "What the numbers depend on besides the code here."
     return dict(gradmax_nb=__version__, python=platform.python_version(), torch=torch.__version__, scikit_learn=importlib.metadata.version('scikit-learn'))
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000041
+# %% ../../nbs/experiments/01_demo.ipynb #00000042
 def hardware()->dict:
     "The kind of machine, not which one."
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
     model = next((o.split(':',1)[1].strip() for o in lines if o.startswith('model name')), platform.processor() or platform.machine())
     return dict(processor=model, cores=os.cpu_count(), system=platform.system(), device='cpu')
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000042
+# %% ../../nbs/experiments/01_demo.ipynb #00000043
 @dataclass
 class Comparison:
     "A set of runs and the folder they are kept in."
@@ -343,7 +343,7 @@ class Comparison:
 
     def checkpoint(self, name:str)->Path: return self.out/'models'/f'{name}.safetensors'
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000044
+# %% ../../nbs/experiments/01_demo.ipynb #00000045
 def _stored(c):
     "Finished runs of this very comparison in its folder: `{(seed, name): run}`."
     if not c.path.exists(): return {}
@@ -354,7 +354,7 @@ def _stored(c):
     wanted = contenders(c.recipe)
     return {(r['seed'],r['method']):r for r in old['runs'] if r['method'] in wanted and r['setup']==repr(wanted[r['method']].method)}
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000045
+# %% ../../nbs/experiments/01_demo.ipynb #00000046
 def _write(path, text):
     "Replace a file in one step, so that a stop never leaves half of it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +362,7 @@ def _write(path, text):
     new.write_text(text, encoding='utf-8')
     os.replace(new, path)
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000046
+# %% ../../nbs/experiments/01_demo.ipynb #00000047
 def _store(c, runs):
     "Write the results file."
     kept = [runs[k] for k in sorted(runs)]
@@ -371,19 +371,19 @@ def _store(c, runs):
     _write(c.path, json.dumps(body, indent=1)+'\n')
     return body
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000048
+# %% ../../nbs/experiments/01_demo.ipynb #00000049
 def _mean_se(values):
     "Mean and standard error; the error is None for a single value."
     t = torch.tensor(values, dtype=torch.float64)
     return t.mean().item(), (t.std()/len(t)**.5).item() if len(t)>1 else None
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000049
+# %% ../../nbs/experiments/01_demo.ipynb #0000004a
 def _row(name, runs):
     (accuracy,se),(loss,loss_se) = _mean_se([r['accuracy'] for r in runs]),_mean_se([r['train_loss'] for r in runs])
     return dict(method=name, runs=len(runs), parameters=runs[0]['parameters'], relative_flops=_mean_se([r['relative_flops'] for r in runs])[0],
                 accuracy=accuracy, accuracy_se=se, train_loss=loss, train_loss_se=loss_se)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000004a
+# %% ../../nbs/experiments/01_demo.ipynb #0000004b
 def summary(
     runs:list # Finished runs
 )->list:
@@ -391,7 +391,7 @@ def summary(
     names = list(dict.fromkeys(r['method'] for r in runs))
     return sorted((_row(n, [r for r in runs if r['method']==n]) for n in names), key=lambda r: -r['accuracy'])
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000004c
+# %% ../../nbs/experiments/01_demo.ipynb #0000004d
 def paired(
     runs:list, # Finished runs
     a:str,     # Method
@@ -403,7 +403,7 @@ def paired(
     both = sorted({*xs}&{*ys})
     return (*_mean_se([xs[s]-ys[s] for s in both]), len(both)) if both else (None,None,0)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000004f
+# %% ../../nbs/experiments/01_demo.ipynb #00000050
 def _against(runs, best, other, claim, holds):
     "One sentence: does `best` keep `claim` against `other`?"
     d,se,n = paired(runs, best, other)
@@ -411,7 +411,7 @@ def _against(runs, best, other, claim, holds):
     if se is None: return f"{best} against {other}: {d:+.2f} points, one seed only, so nothing can be said about chance."
     return f"{best} is {claim} {other}: {'yes' if holds(d,se) else 'NO'} ({d:+.2f} ± {se:.2f} points, paired over {n} seeds)."
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000050
+# %% ../../nbs/experiments/01_demo.ipynb #00000051
 def verdict(
     runs:list # Finished runs
 )->list:      # Sentences
@@ -425,7 +425,7 @@ def verdict(
     cost = best['relative_flops']
     return [*filter(None,said), f"{best['method']} used {cost:.3f} of Baseline-Big's training FLOPs, growth included (at most 0.80: {'yes' if cost<=.8 else 'NO'})."]
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000052
+# %% ../../nbs/experiments/01_demo.ipynb #00000053
 def _one(c, seed, name, watch):
     "Train one contender; keep the checkpoint of the first seed."
     began,cpu,data,contender = time.time(),time.process_time(),c.source.split(seed),contenders(c.recipe)[name]
@@ -438,12 +438,12 @@ def _one(c, seed, name, watch):
     return dict(method=name, seed=seed, setup=repr(contender.method), threads=torch.get_num_threads(), seconds=round(time.time()-began,2),
                 cpu_seconds=round(time.process_time()-cpu,2), **out)
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000053
+# %% ../../nbs/experiments/01_demo.ipynb #00000054
 def _parent(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000055
+# %% ../../nbs/experiments/01_demo.ipynb #00000056
 class Progress:
     "A bar that names the run under way."
     def __init__(self,
@@ -466,7 +466,7 @@ class Progress:
         self.done += 1
         if self.lines: print(f"{r['method']:<14} seed {r['seed']}: training loss {r['train_loss']:.4f}, test accuracy {r['accuracy']:.2f} %", flush=True)
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000056
+# %% ../../nbs/experiments/01_demo.ipynb #00000057
 def run_demo(
     c:Comparison,       # What to run
     fresh:bool=False,   # Run again what is stored already
@@ -490,16 +490,16 @@ def run_demo(
     if not runs: raise KeyboardInterrupt
     return body or json.loads(c.path.read_text(encoding='utf-8')), finished
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000060
+# %% ../../nbs/experiments/01_demo.ipynb #00000061
 _colours = {'BoundMax':'#0072B2', 'MirrorGradMax':'#009E73', 'GradMax':'#56B4E9', 'MirrorRandom':'#CC79A7', 'RandomGrowth':'#E69F00',
             'Baseline-Small':'#888888', 'Baseline-Big':'#000000'}
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000061
+# %% ../../nbs/experiments/01_demo.ipynb #00000062
 def _median_curve(runs):
     steps = [s for s,_ in runs[0]['curve']]
     return steps, torch.tensor([[l for _,l in r['curve']] for r in runs], dtype=torch.float64).median(0).values.tolist()
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000062
+# %% ../../nbs/experiments/01_demo.ipynb #00000063
 def _plot_curves(ax, runs, names, best):
     "Training loss of `names`, and where `best` grew."
     for n in names:
@@ -510,7 +510,7 @@ def _plot_curves(ax, runs, names, best):
     ax.set(yscale='log', xlabel='training step', ylabel='training loss (median over seeds)')
     ax.legend(frameon=False)
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000063
+# %% ../../nbs/experiments/01_demo.ipynb #00000064
 def _plot_costs(ax, rows):
     "Test accuracy against training FLOPs; methods of about equal cost are set side by side, around their mean."
     near = lambda r: sorted((o for o in rows if abs(o['relative_flops']-r['relative_flops'])<.08), key=lambda o: o['relative_flops'])
@@ -521,7 +521,7 @@ def _plot_costs(ax, rows):
     ax.set(xlim=(-.03,1.1), xlabel='training FLOPs, Baseline-Big = 1 (equal costs side by side)', ylabel='test accuracy, % (± standard error)')
     ax.legend(frameon=False, loc='center', bbox_to_anchor=(.4,.55))
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000064
+# %% ../../nbs/experiments/01_demo.ipynb #00000065
 def demo_figure(
     results:dict # Contents of a results file
 ):               # A matplotlib `Figure`
@@ -539,7 +539,7 @@ def demo_figure(
     for ax in (left,right): ax.spines[['top','right']].set_visible(False)
     return fig
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000065
+# %% ../../nbs/experiments/01_demo.ipynb #00000066
 def figure_bytes(
     fig,              # A matplotlib `Figure`
     format:str='png', # Or 'svg'
@@ -551,7 +551,7 @@ def figure_bytes(
     with rc_context({'svg.hashsalt':'gradmax'}): fig.savefig(buffer, format=format, dpi=dpi, metadata=meta)
     return buffer.getvalue()
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000066
+# %% ../../nbs/experiments/01_demo.ipynb #00000067
 def table_rows(
     rows:list # From `summary`
 )->list:      # Rows of text, the heading first
@@ -560,7 +560,7 @@ def table_rows(
     head = ['method','parameters','FLOPs','test accuracy, %','training loss','runs']
     return [head, *([r['method'], f"{r['parameters']:,}", f"{r['relative_flops']:.3f}", pm(r['accuracy'],r['accuracy_se'],2), pm(r['train_loss'],r['train_loss_se'],4), str(r['runs'])] for r in rows)]
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000067
+# %% ../../nbs/experiments/01_demo.ipynb #00000068
 def table_text(
     rows:list # From `summary`
 )->str:
@@ -569,21 +569,21 @@ def table_text(
     widths = [max(map(len,c)) for c in zip(*cells)]
     return '\n'.join('  '.join(t.ljust(w) if i==0 else t.rjust(w) for i,(t,w) in enumerate(zip(row,widths))) for row in cells)
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000006a
+# %% ../../nbs/experiments/01_demo.ipynb #0000006b
 _style = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;background:Canvas;color:CanvasText}
 table{border-collapse:collapse;display:block;overflow-x:auto}th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #8886}th:first-child,td:first-child{text-align:left}
 img{max-width:100%;background:#fff;border-radius:6px}code,pre{background:#8882;border-radius:4px;padding:.1rem .3rem;overflow-x:auto}"""
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000006b
+# %% ../../nbs/experiments/01_demo.ipynb #0000006c
 def _html_table(rows):
     head,*rest = ([html.escape(t) for t in r] for r in table_rows(rows))
     line = lambda cells,tag: '<tr>'+''.join(f'<{tag}>{t}</{tag}>' for t in cells)+'</tr>'
     return f"<table><thead>{line(head,'th')}</thead><tbody>{''.join(line(r,'td') for r in rest)}</tbody></table>"
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000006c
+# %% ../../nbs/experiments/01_demo.ipynb #0000006d
 def _html_facts(d): return '<ul>'+''.join(f'<li>{html.escape(str(k))}: {html.escape(json.dumps(v, ensure_ascii=False))}</li>' for k,v in d.items())+'</ul>'
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000006d
+# %% ../../nbs/experiments/01_demo.ipynb #0000006e
 def report_html(
     results:dict,   # Contents of a results file
     command:str,    # How to repeat it
@@ -603,7 +603,7 @@ def report_html(
 <h2>Repeat it</h2><pre>{html.escape(command)}</pre><p>Every single run is in <code>results.json</code>; the grown network is <code>{html.escape(checkpoint)}</code>, to be read with <code>load_grown</code>.</p></body></html>
 """
 
-# %% ../../nbs/experiments/01_demo.ipynb #0000006e
+# %% ../../nbs/experiments/01_demo.ipynb #0000006f
 def write_report(
     c:Comparison, # What was run
     results:dict, # From `run_demo`
