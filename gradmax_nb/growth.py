@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
-from .measure import (Lift, apply_layer, incoming_weight, lift_of, measure, outgoing_weights, settle, untouched, zero_buds,
+from .measure import (Lift, apply_layer, incoming_weight, measure, outgoing_weights, settle, untouched, zero_buds,
     _base, _loss, _pad, _z_shape, as_batches)
 from .optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from .sites import NewNeurons, Site, as_inputs, evaluating, make_buds, run_path, widen
@@ -43,7 +43,7 @@ def _shift(m, V, j, buds):
     c,name = m.site.consumers[j],m.site.readers[j].name
     z = _base(m, m.batches[0].x.new_zeros(_z_shape(m, m.batches[0].x[:2], len(V))))
     a = run_path(m.site, z, buds, m.point.lifts)[j]
-    if a.abs().max() <= 1e3*lift_of(a.dtype): return None
+    if a.abs().max() <= 500*torch.finfo(a.dtype).eps: return None # zero, or a hair above
     out = apply_layer(c, _pad(c,a), outgoing_weights(m,V)[j])
     out = (out.transpose(0,1) if not isinstance(c,nn.Linear) else out.movedim(-1,0)).flatten(1)
     spread = (out.max(1).values-out.min(1).values).max()

@@ -192,10 +192,10 @@ def _share(g, site, share):
 
 # %% ../nbs/03a_measure.ipynb #0000003f
 def lift_of(
-    dtype:torch.dtype # Of the parameters
+    t:torch.Tensor # Any tensor with the dtype and device of the weights
 )->float:
-    "A positive constant lost in rounding next to 1, yet not zero in half precision."
-    return min(torch.finfo(dtype).eps/2, 2.**-24)
+    "A positive constant that vanishes in the rounding of any output, yet is not rounded to zero wherever the weights may be cast to."
+    return 2.**-24 if t.dtype==torch.float32 and t.device.type!='cpu' else 1e-30 # double is never autocast; a CPU's half precision, bfloat16, has float32's range
 
 # %% ../nbs/03a_measure.ipynb #00000040
 class Lift:
@@ -259,7 +259,7 @@ def _gradient(total, x):
     g = torch.autograd.grad(total, x, allow_unused=True, retain_graph=True)[0] if total.requires_grad else None # readers may share a part of the graph
     return torch.zeros_like(x) if g is None else g
 
-def _same(a, b): return bool((a-b).norm() <= 1e-3*b.norm())
+def _same(a, b): return bool((a-b).double().norm() <= 1e-3*b.double().norm()) # in double, since squares of a hair vanish in single
 
 # %% ../nbs/03a_measure.ipynb #00000052
 def operating_point(
@@ -267,11 +267,11 @@ def operating_point(
     z:torch.Tensor # Shaped like the producer's output with one channel: `(2, 1, ...)`, or `(2, ..., 1)` for a Linear; norms need two samples
 )->OperatingPoint:
     "Decide how new neurons with zero incoming weights start; raises `ValueError` where they could never learn."
-    point,lift = OperatingPoint(),lift_of(z.dtype)
+    point,lift = OperatingPoint(),lift_of(z)
     for name in _starts(site):
         above = _probe(site, z, name, lift)
         if above.any() and _same(_probe(site,z,name,0.), above): continue
-        steep = above.norm() > 1e-3*_probe(site,z,name,1.).norm() # a squared ReLU has a slope there, but one as small as the lift
+        steep = above.double().norm() > 1e-3*_probe(site,z,name,1.).double().norm() # a squared ReLU has a slope there, but one as small as the lift
         value = lift if steep else _other_point(site, z, name)
         _hold(point, site, name, value, lift)
     _note_norms(point, site)
