@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Case', 'mlp_case', 'conv_case', 'PreActBlock', 'narrow_wrn', 'wrn_case', 'train_step', 'grown_copy', 'ratios',
-           'in_dtype', 'exactness', 'versions', 'run_cost', 'main']
+           'in_dtype', 'exactness', 'run_cost', 'main']
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000002
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from copy import deepcopy
@@ -19,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .. import __version__
-from .demo import hardware
+from .records import hardware, versions, write_text
 from ..growth import grow, measured_norm
 from ..measure import growth_matrix_of, measure
 from ..methods import GradMax
@@ -167,10 +165,6 @@ def exactness(
     return dict(sites=len(sites), deficit=max(max(0.,1-g/b) for g,b in zip(got,best)), error=max(errors))
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000021
-def versions()->dict:
-    "Versions that matter for the result."
-    return dict(gradmax_nb=__version__, python=platform.python_version(), torch=torch.__version__)
-
 def run_cost(
     cases=None,        # A function that gives the cases; None gives the three of this page
     repeats:int=9,     # Pairs per case and number of threads
@@ -201,7 +195,7 @@ def main(
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
     result = run_cost(repeats=a.repeats, seed=a.seed, watch=lambda r: print(_line(r), flush=True))
-    if a.out: a.out.write_text(json.dumps(result, indent=1)+'\n')
+    if a.out: write_text(a.out, json.dumps(result, indent=1)+'\n')
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000023
 if __name__=='__main__': main()

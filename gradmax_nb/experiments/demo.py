@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['small_net', 'Data', 'Digits', 'Pictures', 'Recipe', 'pictures_recipe', 'AwakeRMS', 'Contender', 'contenders', 'Run',
-           'evaluate', 'growth_rows', 'versions', 'hardware', 'Comparison', 'summary', 'paired', 'verdict', 'Progress',
-           'run_demo', 'demo_figure', 'figure_bytes', 'table_rows', 'table_text', 'report_html', 'write_report']
+           'evaluate', 'growth_rows', 'Comparison', 'summary', 'paired', 'verdict', 'Progress', 'run_demo',
+           'demo_figure', 'figure_bytes', 'table_rows', 'table_text', 'report_html', 'write_report']
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000002
 import base64
 import hashlib
 import html
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections import OrderedDict
@@ -29,8 +27,8 @@ from fastcore.basics import IN_NOTEBOOK, patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from .. import __version__
 from ..checkpoint import save_grown
+from .records import hardware, versions, write_text
 from ..growth import count_flops, grow
 from ..measure import activity, existing_incoming, existing_rms, input_energy
 from ..methods import BoundMax, GradMax, MirrorGradMax, MirrorRandom, RandomGrowth
@@ -312,18 +310,6 @@ def growth_rows(
     steps,n = event_steps(run.recipe.when, run.recipe.steps),len(run.sites)
     return [dict(step=steps[i//n], site=r.site.name, old_width=r.old_width, new_width=r.new_width, method=type(r.method).__name__, predicted=r.predicted) for i,r in enumerate(run.records)]
 
-# %% ../../nbs/experiments/01_demo.ipynb #00000041
-def versions()->dict:
-    "What the numbers depend on besides the code here."
-    return dict(gradmax_nb=__version__, python=platform.python_version(), torch=torch.__version__, scikit_learn=importlib.metadata.version('scikit-learn'))
-
-# %% ../../nbs/experiments/01_demo.ipynb #00000042
-def hardware()->dict:
-    "The kind of machine, not which one."
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    model = next((o.split(':',1)[1].strip() for o in lines if o.startswith('model name')), platform.processor() or platform.machine())
-    return dict(processor=model, cores=os.cpu_count(), system=platform.system(), device='cpu')
-
 # %% ../../nbs/experiments/01_demo.ipynb #00000043
 @dataclass
 class Comparison:
@@ -337,6 +323,8 @@ class Comparison:
     @cached_property
     def config(self)->dict: return json.loads(json.dumps(dict(data=self.source.facts, recipe=asdict(self.recipe))))
     @property
+    def versions(self)->dict: return versions('scikit-learn')
+    @property
     def path(self)->Path: return self.out/'results.json'
     @property
     def tasks(self)->list: return [(seed,n) for seed in range(self.seeds) for n in self.names]
@@ -349,26 +337,18 @@ def _stored(c):
     if not c.path.exists(): return {}
     try:
         old = json.loads(c.path.read_text(encoding='utf-8'))
-        if (old['config'],old['versions'])!=(c.config,versions()): return {}
+        if (old['config'],old['versions'])!=(c.config,c.versions): return {}
     except (ValueError,KeyError,TypeError): raise ValueError(f"{c.path} is not a results file: move it away, or choose another output folder") from None
     wanted = contenders(c.recipe)
     return {(r['seed'],r['method']):r for r in old['runs'] if r['method'] in wanted and r['setup']==repr(wanted[r['method']].method)}
-
-# %% ../../nbs/experiments/01_demo.ipynb #00000046
-def _write(path, text):
-    "Replace a file in one step, so that a stop never leaves half of it."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name+'.new')
-    new.write_text(text, encoding='utf-8')
-    os.replace(new, path)
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000047
 def _store(c, runs):
     "Write the results file."
     kept = [runs[k] for k in sorted(runs)]
-    body = dict(config=c.config, seeds=sorted({s for s,_ in runs}), versions=versions(), hardware=hardware(),
+    body = dict(config=c.config, seeds=sorted({s for s,_ in runs}), versions=c.versions, hardware=hardware(),
                 wall_seconds=round(sum(r['seconds'] for r in kept),1), cpu_seconds=round(sum(r['cpu_seconds'] for r in kept),1), summary=summary(kept), runs=kept)
-    _write(c.path, json.dumps(body, indent=1)+'\n')
+    write_text(c.path, json.dumps(body, indent=1)+'\n')
     return body
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000049
@@ -616,5 +596,5 @@ def write_report(
     (c.out/'figure.svg').write_bytes(figure_bytes(fig,'svg'))
     best = next((c.checkpoint(r['method']) for r in results['summary'] if c.checkpoint(r['method']).exists()), None)
     checkpoint = '' if best is None else best.relative_to(c.out).as_posix()
-    _write(c.out/'report.html', report_html(results, command, checkpoint, png))
+    write_text(c.out/'report.html', report_html(results, command, checkpoint, png))
     return [c.out/n for n in ('report.html','figure.png','figure.svg','results.json',checkpoint) if n]
