@@ -17,7 +17,8 @@ import tarfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000000a
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000000b
 @dataclass(frozen=True)
 class PadCropFlip:
     "Pad with black, cut out the original size at a random place, mirror half of the pictures."
@@ -51,7 +52,7 @@ class PadCropFlip:
         index = rows[:,:,None]*(w+2*self.padding) + cols[:,None,:]
         return F.pad(x, (self.padding,)*4).flatten(2).gather(2, index.view(n,1,h*w).expand(n,c,h*w)).view(n,c,h,w)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000000f
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000010
 def _branch(generator):
     "A new generator, seeded by one number from `generator`."
     if not isinstance(generator, torch.Generator) or generator.device.type!='cpu': raise ValueError("the pictures' order needs a torch.Generator on the processor: torch.Generator().manual_seed(0)")
@@ -63,7 +64,7 @@ def _wanted(n, size, what):
     if n>size: raise ValueError(f"{what} is {n}, but there are only {size} training pictures")
     return n
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000010
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000011
 class _Images:
     "What both kinds of picture sets have in common."
     @property
@@ -79,7 +80,7 @@ class _Images:
 
     def __repr__(self): return f"{type(self).__name__}({self.name}: {len(self.classes)} classes, {self.train_size} training and {self.test_size} test pictures, {'x'.join(map(str,self.shape))})"
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000011
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000012
 class MemoryImages(_Images):
     "Pictures kept as bytes in memory, and augmented there."
     def __init__(self,
@@ -107,7 +108,7 @@ class MemoryImages(_Images):
         for n in ('x','y','test_x','test_y'): setattr(self, n, getattr(self,n).to(device))
         return self
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000012
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000013
 def _floats(x): return x.float().div_(255)
 
 def _augmented(images, index, drawn): return _floats(images.augment(images.x[index], drawn)),images.y[index]
@@ -117,14 +118,14 @@ def _memory_train(images, batch_size, plan, start):
     for i in range(start*batch_size, len(order)-batch_size+1, batch_size):
         yield _augmented(images, order[i:i+batch_size], drawn[i:i+batch_size])
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000013
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000014
 def _plan(images, n, generator):
     "Indices of `n` training pictures in random order, and what was drawn for each, where the pictures are."
     g = _branch(generator)
     order = torch.randperm(images.train_size, generator=g)[:n]
     return order.to(images.x.device),images.augment.draw(n,g).to(images.x.device)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000015
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000016
 def _start(start, steps):
     if isinstance(start, bool) or not isinstance(start, int) or not 0<=start<=steps: raise ValueError(f"`start` must be a number of batches from 0 to {steps}, got {start!r}")
     return start
@@ -139,7 +140,7 @@ def train(self:MemoryImages,
     _start(start, self.steps(batch_size))
     return _memory_train(self, batch_size, _plan(self,self.train_size,generator), start)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000016
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000017
 @patch
 def growth(self:MemoryImages,
     n:int,                     # Number of pictures
@@ -155,22 +156,22 @@ def test(self:MemoryImages,
     "The test pictures in order, untouched."
     return ((_floats(x),y) for x,y in zip(self.test_x.split(batch_size), self.test_y.split(batch_size)))
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000021
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000022
 _suffixes = {'.jpg','.jpeg','.png','.bmp','.gif','.webp','.ppm','.pgm','.tif','.tiff'}
 
 def fine(
-    path:Path # Path of a picture below train/ or test/
+    folder:PurePath # Folder of a picture, relative to train/ or test/
 )->str:
     "The folder the picture lies in."
-    return path.parent.name
+    return folder.name
 
 def coarse(
-    path:Path # Path of a picture below train/ or test/
+    folder:PurePath # Folder of a picture, relative to train/ or test/
 )->str:
     "The folder right below train/ or test/; in CIFAR-100 the coarse class."
-    return path.parts[0]
+    return folder.parts[0]
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000022
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000023
 def _root(path):
     "The folder that holds train/: `path`, or the single folder in it."
     inner = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith('.')]
@@ -184,28 +185,42 @@ def _splits(path):
     if test is None: raise ValueError(f"{path} has no folder test (or val, valid): pictures belong in train/CLASS/ and test/CLASS/")
     return path/'train',test
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000023
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000024
+class _Picture(NamedTuple):
+    path:str     # Of the file
+    label:str    # Class
+    key:str      # Path below the data's folder, and size in bytes
+    changed:int  # Time of the last change, in nanoseconds
+
+def _in_folder(place, split, label):
+    "The pictures right in `place`, sorted, and its subfolders."
+    with os.scandir(place) as entries: shown = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+    files = [(e,e.stat()) for e in shown if e.is_file() and os.path.splitext(e.name)[1].lower() in _suffixes]
+    below = Path(place).relative_to(split)
+    if files and not below.parts: raise ValueError(f"{files[0][0].path} lies outside any class: pictures belong in {split.name}/CLASS/")
+    here,c = (split.name/below).as_posix(),str(label(below)) if files else None
+    return [_Picture(e.path, c, f'{here}/{e.name}|{s.st_size}', s.st_mtime_ns) for e,s in files],[e.path for e in shown if e.is_dir()]
+
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000025
 def _listing(split, label):
-    "`(path, class)` of all pictures below `split`, sorted; raises `ValueError` where one is out of place or a folder is empty."
-    found = []
-    for place,folders,files in os.walk(split):
-        folders[:] = sorted(f for f in folders if not f.startswith('.'))
-        place = Path(place)
-        mine = sorted(f for f in files if Path(f).suffix.lower() in _suffixes and not f.startswith('.'))
-        if mine and place==split: raise ValueError(f"{place/mine[0]} lies outside any class: pictures belong in {split.name}/CLASS/")
-        if not mine and not folders: raise ValueError(f"{place} holds no pictures: put some in, or remove the folder")
-        found += [(place/f, str(label((place/f).relative_to(split)))) for f in mine]
+    "All pictures below the folder `split`, in a fixed order; raises `ValueError` where one is out of place or a folder is empty."
+    found,todo = [],[str(split)]
+    while todo:
+        place = todo.pop(0)
+        pictures,folders = _in_folder(place, split, label)
+        if not pictures and not folders: raise ValueError(f"{place} holds no pictures: put some in, or remove the folder")
+        found,todo = found+pictures,folders+todo
     return found
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000024
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000026
 def _classes(name, train, test):
     "Sorted names of the classes; raises `ValueError` if there is only one, or if training and test differ."
-    a,b = {c for _,c in train},{c for _,c in test}
+    a,b = ({p.label for p in o} for o in (train,test))
     if a!=b: raise ValueError(f"{name}: {', '.join(sorted(a^b)[:5])}{' ...' if len(a^b)>5 else ''} is a class of the {'training' if a-b else 'test'} pictures only: both need the same classes")
     if len(a)<2: raise ValueError(f"{name} has the single class {next(iter(a))!r}: there is nothing to tell apart")
     return sorted(a)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000002b
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000002d
 def _open(path, work):
     "`work(picture)` of the picture at `path`; raises `ValueError` that names the file if it cannot be read."
     try:
@@ -221,7 +236,7 @@ def _bytes(im):
     "`(3, h, w)`"
     return torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8).view(im.height,im.width,3).permute(2,0,1)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000002c
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000002e
 def _read(path, size):
     "Bytes of a picture, `(3, h, w)`, and whether it was converted."
     def work(im):
@@ -237,7 +252,7 @@ def _read_block(paths, size):
         if x.shape!=read[0][0].shape: raise ValueError(f"{p} has {x.shape[2]}x{x.shape[1]} pixels, {paths[0]} has {read[0][0].shape[2]}x{read[0][0].shape[1]}: give a size to bring all pictures to")
     return torch.stack([x for x,_ in read]),sum(c for _,c in read)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000002d
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000002f
 def _bar(blocks, total, show):
     "`blocks`, with a progress bar if somebody is there to see it."
     return progress_bar(blocks, total=total, leave=False) if show and (IN_NOTEBOOK or sys.stdout.isatty()) else blocks
@@ -255,22 +270,15 @@ def _read_all(paths, size, workers, show):
         if size is None and x.shape[1:]!=size_of_first: raise ValueError(f"{b[0]} has {x.shape[3]}x{x.shape[2]} pixels, {paths[0]} has {size_of_first[2]}x{size_of_first[1]}: give a size to bring all pictures to")
     return torch.cat([x for x,_ in done]),sum(c for _,c in done)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000033
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000035
 def _hash(*parts):
     h = hashlib.sha256()
     for p in parts: h.update(p if isinstance(p, (bytes,memoryview)) else str(p).encode())
     return h.hexdigest()[:16]
 
-def _fingerprint(root, listed, *more, times=False):
-    "Of paths, classes and file sizes; with `times` also of the times of change."
-    def line(p, c):
-        s = p.stat()
-        return f"{p.relative_to(root).as_posix()}|{c}|{s.st_size}|{s.st_mtime_ns if times else ''}\n"
-    return _hash(*(line(p,c) for p,c in listed), *more)
+def _pixels(tensors): return _hash(*(memoryview(tensors[n].numpy()).cast('B') for n in ('train','test')))
 
-def _pixels(tensors): return _hash(*(memoryview(tensors[n].numpy()).cast('B') for n in ('x','y','test_x','test_y')))
-
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000034
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000036
 def _store(path, tensors, text):
     "Write the cache file in one step; a cache that cannot be written is only a warning."
     new = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
@@ -282,29 +290,27 @@ def _store(path, tensors, text):
     finally:
         if new.exists(): new.unlink()
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000035
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000037
 def _stored(path):
     "Tensors and text of a cache file, or None if there is none or it is damaged."
     try:
-        with safe_open(path, 'pt') as f: tensors,text = {n:f.get_tensor(n) for n in ('x','y','test_x','test_y')},json.loads(f.metadata()['pictures'])
+        with safe_open(path, 'pt') as f: tensors,text = {n:f.get_tensor(n) for n in ('train','test')},json.loads(f.metadata()['pictures'])
         return (tensors,text) if _pixels(tensors)==text['pixels'] else None
     except (OSError,SafetensorError,KeyError,TypeError,ValueError): return None
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000036
-def _read_or_recall(root, train, test, classes, size, cache, workers, show):
-    "Tensors of both splits and facts about them: from the cache, or from the files."
-    kept = cache/'pictures'/f"{_fingerprint(root, train+test, size, times=True)}.safetensors"
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000038
+def _read_or_recall(train, test, size, cache, workers, show):
+    "Bytes of both splits and facts about them: from the cache, or from the files."
+    listed = train+test
+    kept = cache/'pictures'/f"{_hash(*((p.key,p.changed) for p in listed), size)}.safetensors"
     if (found := _stored(kept)) is not None: return found
-    x,converted = _read_all([p for p,_ in train+test], size, workers, show)
-    number = {c:i for i,c in enumerate(classes)}
-    y = torch.tensor([number[c] for _,c in train+test])
-    n = len(train)
-    tensors = dict(x=x[:n].clone(), y=y[:n].clone(), test_x=x[n:].clone(), test_y=y[n:].clone())
+    x,converted = _read_all([p.path for p in listed], size, workers, show)
+    tensors = dict(zip(('train','test'), (t.clone() for t in x.split([len(train),len(test)]))))
     text = dict(pixels=_pixels(tensors), converted_to_rgb=converted)
     _store(kept, tensors, text)
     return tensors,text
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000003c
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000003e
 @dataclass(frozen=True)
 class ResizedCropFlip:
     "Cut out a random part of the picture, bring it to the network's size, mirror half of the pictures."
@@ -322,7 +328,7 @@ class ResizedCropFlip:
         left,top = (w-bw)*drawn[2],(h-bh)*drawn[3]
         return (left, top, left+bw, top+bh)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000003e
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000040
 class _Files(Dataset):
     "Pictures of one epoch: `(bytes, label)` per place in the order."
     def __init__(self, paths, labels, order, size, augment=None, drawn=None):
@@ -340,7 +346,7 @@ class _Files(Dataset):
         im = im.resize((self.size,self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.)
         return _bytes(im.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if d is not None and d[4]<.5 else im)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000003f
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000041
 class FolderImages(_Images):
     "Pictures that are opened when a batch needs them."
     def __init__(self,
@@ -371,7 +377,7 @@ class FolderImages(_Images):
         self.device = torch.device(device)
         return self
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000041
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000043
 def _batches(images, files, batch_size, drop):
     "Batches of `files`, as floats on the device."
     cuda = images.device.type=='cuda'
@@ -383,7 +389,7 @@ def _epoch(images, n, generator, skip=0):
     order,drawn = torch.randperm(images.train_size, generator=g)[:n],images.augment.draw(n,g)
     return _Files(images.paths, images.y, order[skip:], images.shape[1], images.augment, drawn[skip:])
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000042
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000044
 @patch
 def train(self:FolderImages,
     batch_size:int,            # Pictures per batch; the last incomplete batch of the epoch is dropped
@@ -394,7 +400,7 @@ def train(self:FolderImages,
     _start(start, self.steps(batch_size))
     return _batches(self, _epoch(self,self.train_size,generator,start*batch_size), batch_size, True)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #00000043
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000045
 @patch
 def growth(self:FolderImages,
     n:int,                     # Number of pictures
@@ -410,7 +416,7 @@ def test(self:FolderImages,
     "The middle of the test pictures, in order."
     return _batches(self, _Files(self.test_paths, self.test_y, range(self.test_size), self.shape[1]), batch_size, False)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000004b
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000004d
 def _pictures_only(member, path):
     "Filter for `tarfile`: folders and pictures, checked; None for everything else."
     if not (member.isdir() or member.isreg() and Path(member.name).suffix.lower() in _suffixes): return None
@@ -432,7 +438,7 @@ def _unpacked(archive, cache):
     finally: shutil.rmtree(new, ignore_errors=True)
     return target
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000004c
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000004e
 def _located(data, cache):
     "The folder of `data`, and what to call the set."
     if str(data).startswith(('http://','https://')):
@@ -443,12 +449,12 @@ def _located(data, cache):
     if path.is_file(): return _unpacked(path,cache),path.name.split('.')[0]
     raise ValueError(f"there is no folder or archive {path}: give one that holds train/CLASS/ and test/CLASS/, or an address such as fastai's URLs.CIFAR")
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000004d
+# %% ../../nbs/experiments/00b_pictures.ipynb #0000004f
 def load_images(
     data,              # Folder, archive (.tgz, .tar.gz), or an address that fastai's `untar_data` can download
     size:int=None,     # Height and width to bring pictures to; None: all have one size, and keep it
     cache=None,        # Folder for what is unpacked and read; None: gradmax_nb in the user's cache folder
-    label=fine,        # Path of a picture below train/ or test/ -> its class: `fine`, `coarse` or your own
+    label=fine,        # Folder of a picture, relative to train/ or test/ -> class: `fine`, `coarse` or your own
     memory:float=1.,   # Largest set to keep in memory, in GiB
     augment=None,      # None: `PadCropFlip()` for pictures of up to 64 pixels that fit in memory, else `ResizedCropFlip()`
     workers:int=None,  # Threads or processes that open files; None: one per processor core, at most 8
@@ -458,21 +464,26 @@ def load_images(
     if size is not None and (isinstance(size,bool) or not isinstance(size,int) or size<8): raise ValueError(f"the size must be a whole number of at least 8 pixels, got {size!r}")
     cache = xdg_cache_home()/'gradmax_nb' if cache is None else Path(cache).expanduser()
     path,name = _located(data, cache)
-    root,splits = _root(path),_splits(path)
-    train,test = (_listing(s,label) for s in splits)
+    train,test = (_listing(s,label) for s in _splits(path))
     classes = _classes(name, train, test)
-    facts = dict(fingerprint=_fingerprint(root, train+test))
-    shape = (size,size) if size else _open(train[0][0], lambda im: im.size)
+    facts = dict(fingerprint=_hash(*((p.key,p.label) for p in train+test)))
+    shape = (size,size) if size else _open(train[0].path, lambda im: im.size)
     small = max(shape)<=64 and 3*math.prod(shape)*len(train+test)<=memory*2**30
     in_memory = isinstance(augment,PadCropFlip) or augment is None and small
-    return (_in_memory if in_memory else _in_files)(name, root, train, test, classes, size, cache, workers, show, augment, facts)
+    if in_memory: return _in_memory(name, train, test, classes, facts, augment or PadCropFlip(), size, cache, workers or min(8, os.cpu_count() or 1), show)
+    return _in_files(name, train, test, classes, facts, augment or ResizedCropFlip(), size, workers)
 
-# %% ../../nbs/experiments/00b_pictures.ipynb #0000004e
-def _in_memory(name, root, train, test, classes, size, cache, workers, show, augment, facts):
-    tensors,text = _read_or_recall(root, train, test, classes, size, cache, workers or min(8, os.cpu_count() or 1), show)
-    return MemoryImages(name, classes, (tensors['x'],tensors['y']), (tensors['test_x'],tensors['test_y']), augment or PadCropFlip(), dict(facts, **text))
-
-def _in_files(name, root, train, test, classes, size, cache, workers, show, augment, facts):
-    if size is None: raise ValueError(f"{name}: give the size of the network's input, for instance size=128 or size=224, since these pictures stay in their files and are cut when they are needed")
+# %% ../../nbs/experiments/00b_pictures.ipynb #00000050
+def _labels(pictures, classes):
     number = {c:i for i,c in enumerate(classes)}
-    return FolderImages(name, classes, *([(p,number[c]) for p,c in o] for o in (train,test)), size, augment or ResizedCropFlip(), workers, facts)
+    return [number[p.label] for p in pictures]
+
+def _in_memory(name, train, test, classes, facts, augment, size, cache, workers, show):
+    tensors,text = _read_or_recall(train, test, size, cache, workers, show)
+    splits = ((tensors[n],torch.tensor(_labels(o,classes))) for n,o in (('train',train),('test',test)))
+    return MemoryImages(name, classes, *splits, augment, dict(facts, **text))
+
+def _in_files(name, train, test, classes, facts, augment, size, workers):
+    if size is None: raise ValueError(f"{name}: give the size of the network's input, for instance size=128 or size=224, since these pictures stay in their files and are cut when they are needed")
+    splits = ([(p.path,c) for p,c in zip(o,_labels(o,classes))] for o in (train,test))
+    return FolderImages(name, classes, *splits, size, augment, workers, facts)
