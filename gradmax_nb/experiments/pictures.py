@@ -425,6 +425,7 @@ def _pictures_only(member, path):
 def _unpacked(archive, cache):
     "The folder in the cache that `archive` was unpacked into; unpacks it the first time."
     s = archive.stat()
+    if not hasattr(tarfile, 'data_filter'): raise RuntimeError(f"unpacking {archive} safely needs Python 3.10.12, 3.11.4 or later: update Python, or give the unpacked folder")
     target = cache/'archives'/f"{archive.name.split('.')[0]}-{_hash(archive.resolve(), s.st_size, s.st_mtime_ns)}"
     if target.is_dir(): return target
     new = target.with_name(f'.{target.name}.{secrets.token_hex(4)}')
