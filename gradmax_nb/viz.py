@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plot_growth', 'plot_widths', 'draw_network', 'plot_spectrum', 'mean_and_error', 'plot_compare', 'spectrum_slider']
+__all__ = ['plot_growth', 'plot_widths', 'draw_network', 'plot_spectrum', 'mean_and_error', 'plot_compare', 'plot_budget',
+           'plot_dashboard', 'spectrum_slider']
 
 # %% ../nbs/08_viz.ipynb #00000003
 import math
 from collections import defaultdict
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -64,6 +66,7 @@ def plot_growth(
     history,            # Growth history: DataFrame or rows with `step` and `loss`
     losses=None,        # Training loss of each step; None: only the losses at growth, from the history
     start:int=0,        # Step before the first of `losses`
+    every:int=1,        # Steps per entry of `losses`
     title:str='Training loss, with the steps at which the network grew', # Message of the figure
     label:str=None,     # Name of the curve; None: what it is
     ax:Axes=None        # Where to draw; None: a new figure
@@ -72,7 +75,7 @@ def plot_growth(
     rows,ax = _rows(history,'step','loss'),_axes(ax, title, 'training step', 'loss')
     given = losses is not None and len(losses)>0
     y = [float(l) for l in losses] if given else [r['loss'] for r in rows]
-    x = range(start+1, start+1+len(y)) if given else [r['step'] for r in rows]
+    x = range(start+every, start+every*len(y)+1, every) if given else [r['step'] for r in rows]
     ax.plot(x, y, color=_colours[0], lw=1.5, label=label or ('training loss' if given else 'loss of the growth batch'), **({} if given else dict(marker='o', ms=4)))
     _marks(ax, rows, start)
     _log_if_positive(ax, y)
@@ -83,19 +86,22 @@ def plot_growth(
 def plot_widths(
     history,            # Growth history: DataFrame or rows with `step`, `site`, `old_width`, `new_width`
     steps:int=None,     # Length of the training; None: a little more than the last growth
+    widths:dict=None,   # Site -> width before it ever grew, for sites that have not grown yet; None: only the sites of the history
     title:str='Width of each layer', # Message of the figure
     ax:Axes=None        # Where to draw; None: a new figure
 )->Axes:
     "Width of each site over the steps."
     rows,ax,sites = _rows(history,'step','site','old_width','new_width'),_axes(ax, title, 'training step', 'neurons or channels'),defaultdict(list)
+    for name in widths or (): sites[name] = []
     for r in rows: sites[r['site']].append(r)
     end = steps or 1.1*max((r['step'] for r in rows), default=1)
     for i,(name,own) in enumerate(sites.items()):
         x = [0, *(r['step'] for r in own), end]
-        ax.step(x, [own[0]['old_width'], *(r['new_width'] for r in own), own[-1]['new_width']], where='post', lw=1.5, label=name, **_style(i))
+        y = [own[0]['old_width'] if own else widths[name], *(r['new_width'] for r in own)]
+        ax.step(x, [*y,y[-1]], where='post', lw=1.5, label=name, **_style(i))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1,2,4,8,10]))
     ax.set_ylim(bottom=0)
-    if 0<len(sites)<=8: ax.legend(frameon=False)
+    if 0<len(sites)<=8: ax.legend(edgecolor='none', framealpha=.85)
     elif sites: ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5), fontsize='x-small', ncols=1+len(sites)//17)
     return ax
 
@@ -208,7 +214,11 @@ def _methods(results):
         values.append(float(r['value']))
     return out
 
-def _amount(v, _): return f'{v:g}' if v<1e3 else f"{v/10**(e:=3*int(math.log10(v)//3)):g}{dict(zip((3,6,9,12,15,18),'kMGTPE')).get(e,f'e{e}')}"
+def _amount(v, _, digits=None):
+    "`v` with a unit prefix; all its digits, or `digits` significant ones."
+    e = 3*int(math.log10(v)//3) if v>=1e3 else 0
+    unit = {0:'',3:'k',6:'M',9:'G',12:'T',15:'P',18:'E'}.get(e,f'e{e}')
+    return f'{v/10**e:g}{unit}' if digits is None else f'{v/10**e:.{digits}g} {unit}'
 
 # %% ../nbs/08_viz.ipynb #00000031
 def _side_by_side(xs):
@@ -240,6 +250,61 @@ def plot_compare(
     ax.margins(x=.15, y=.15)
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5), fontsize='small')
     return ax
+
+# %% ../nbs/08_viz.ipynb #00000121
+def plot_budget(
+    spent,              # `(step, FLOPs spent so far)` pairs
+    planned:float=None, # FLOPs of the whole training; None: no line for it
+    title:str=None,     # Message of the figure; None: how much is spent
+    ax:Axes=None        # Where to draw; None: a new figure
+)->Axes:
+    "Training FLOPs spent over the steps, against a planned total."
+    steps,flops = [s for s,_ in spent] or [0],[float(f) for _,f in spent] or [0.]
+    part = f'Compute spent: {_amount(flops[-1],0,3)}FLOPs' + (f', {flops[-1]/planned:.0%} of the plan' if planned else '')
+    ax = _axes(ax, title or part, 'training step', 'training FLOPs')
+    ax.plot(steps, flops, color=_colours[0], lw=1.5, label='spent')
+    if planned: ax.axhline(planned, color=_colours[1], lw=1.5, ls='--', label=f'planned: {_amount(planned,0,3)}FLOPs')
+    ax.set_ylim(0, 1.15*max(flops[-1], planned or 0) or 1)
+    ax.yaxis.set_major_formatter(FuncFormatter(_amount))
+    ax.legend(edgecolor='none', framealpha=.85, loc='lower right')
+    return ax
+
+# %% ../nbs/08_viz.ipynb #00000125
+def _spectra_of_last(rows):
+    "The spectra of the last growth event, by site."
+    last = max((r['step'] for r in rows), default=None)
+    return {f"{r['site']}, step {last}":_floats(r['sigma']) for r in rows if r['step']==last}
+
+def _small(ax):
+    "Fit one of several figures on a sheet: small print, no legend beside it."
+    ax.tick_params(labelsize='small')
+    legend = ax.get_legend()
+    if legend is not None and len(legend.get_texts())>8: legend.remove()
+    elif legend is not None:
+        for t in legend.get_texts(): t.set_fontsize('small')
+
+# %% ../nbs/08_viz.ipynb #00000126
+def plot_dashboard(
+    history,            # Growth history: DataFrame or rows with `step`, `site`, `old_width`, `new_width`, `loss`, `sigma`
+    losses,             # Training losses, one per `every` steps
+    spent,              # `(step, FLOPs spent so far)` pairs
+    planned:float=None, # FLOPs of the whole training; None: no line for it
+    start:int=0,        # Step before the first of `losses`
+    every:int=1,        # Steps per entry of `losses`
+    widths:dict=None,   # Site -> width before it ever grew; None: only the sites of the history
+    figure:Figure=None  # Where to draw, cleared first; None: a new figure
+)->Figure:
+    "Loss, widths, spectra of the last growth and compute of one training, on one sheet."
+    rows,end = _rows(history,'step','site','old_width','new_width','loss','sigma'),start+every*len(losses)
+    figure = Figure(figsize=(9,5), dpi=80) if figure is None else figure
+    figure.clear()
+    (loss,width),(spectrum,budget) = figure.subplots(2, 2, gridspec_kw=dict(left=.07, right=.985, bottom=.09, top=.94, wspace=.2, hspace=.42))
+    plot_growth(rows, losses, start=start, every=every, title='Training loss', ax=loss)
+    plot_widths(rows, steps=end or None, widths=widths, ax=width)
+    plot_spectrum(_spectra_of_last(rows), title='Singular values of the last growth', ax=spectrum)
+    plot_budget(spent, planned, ax=budget)
+    for ax in figure.axes: _small(ax)
+    return figure
 
 # %% ../nbs/08_viz.ipynb #00000039
 def spectrum_slider(
