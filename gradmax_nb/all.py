@@ -9,3 +9,4 @@ from .schedule import *
 from .callback import *
 from .checkpoint import *
 from .viz import *
+from .dashboard import *
