@@ -1,7 +1,9 @@
-"""Renders the notebooks of nbs/ to the static site in docs/: `python build_site.py`.
+"""Renders the notebooks of nbs/ to the static site in docs/: `python build_site.py`, or `python build_site.py FOLDER` for another place.
 
 nbdev runs imports, exports and `show_doc`; this script rewrites the result for Sphinx (myst-nb, furo) and checks the pages.
 All other outputs are the ones stored in the notebooks, and the same notebooks always give the same bytes."""
+import ast
+import inspect
 import json
 import os
 import re
@@ -9,7 +11,7 @@ import shutil
 import sys
 import warnings
 from functools import partial
-from html import escape
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 
@@ -18,7 +20,7 @@ os.environ['IN_TEST'] = '1'
 
 import nbdev.processors
 import nbdev.showdoc
-from bs4 import BeautifulSoup
+from fastcore.docments import docments
 from fastcore.nbio import read_nb
 from nbdev.config import nbpath2html
 from nbdev.doclinks import NbdevLookup, nbglob
@@ -26,10 +28,14 @@ from nbdev.frontmatter import FrontmatterProc
 from sphinx.application import Sphinx
 from sphinx.util.console import nocolor
 
+import check_pages
+
 ROOT = Path(__file__).resolve().parent
 NBS, DOCS, SITE, HTML = ROOT/'nbs', ROOT/'docs', ROOT/'_proc'/'site', ROOT/'_proc'/'html'
 SECTIONS = {'Learn': '.', 'Tutorials': 'tutorials', 'Experiments': 'experiments'}
+EMPTY = inspect.Parameter.empty
 WIDGETS = 'application/vnd.jupyter.widget-state+json'
+PROBLEMS = []  # what is found while the pages are written
 METADATA = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'},
             'language_info': {'name': 'python', 'pygments_lexer': 'ipython3'}}
 
@@ -49,6 +55,77 @@ def process(path):
     try: Filter()(nb)
     except Exception as e: sys.exit(f'{path.relative_to(ROOT)}: {e}')
     return nb
+
+
+class Entry(nbdev.showdoc.BasicMarkdownRenderer):
+    "What `show_doc` shows of an exported name: link to the source, signature, docstring, table of parameters"
+    def _repr_markdown_(self):
+        where = source_of(self.fn)
+        link = f'[source](/source/{where}.html#{self.nm})\n\n' if where else ''
+        return f"{link}{'#'*self.title_level} {self.nm}\n\n```python\n{signature(self.sym, self.nm)}\n```\n\n*{inspect.getdoc(self.sym) or ''}*\n\n{table(self.sym, self.nm)}"
+
+
+def source_of(fn):
+    "The module of `fn` as a path below the package: `experiments/demo`; None if it is not ours"
+    parts = (getattr(fn, '__module__', None) or '').split('.')
+    return '/'.join(parts[1:]) if parts[0] == 'gradmax_nb' and parts[1:] else None
+
+
+def parameters(sym):
+    "Name -> annotation, default, meaning; none for a class that takes what its library's class takes"
+    owner = next((c for c in sym.__mro__ if '__init__' in vars(c)), None) if inspect.isclass(sym) else sym
+    if not getattr(owner, '__module__', '').startswith('gradmax_nb'): return {'return': None}
+    out = {k: dict(v) for k, v in docments(owner, full=True).items() if k != 'self'}
+    for base in sym.__mro__[1:-1] if inspect.isclass(sym) else ():  # fields of a dataclass are explained where they were defined
+        for k, v in docments(base, full=True).items() if base.__module__.startswith('gradmax_nb') else ():
+            if k in out: out[k]['docment'] = out[k]['docment'] or v['docment']
+    return out
+
+
+def shown(value):
+    "A default value or an annotation as people write it"
+    text = value if isinstance(value, str) else getattr(value, '__name__', None) or repr(value)
+    return re.sub(r' at 0x[0-9a-f]+|\b(?:typing|torch\.nn\.modules\.\w+|gradmax_nb\.\w+|matplotlib\.\w+|fastai\.\w+)\.(?=\w)', '', text).replace('<factory>', '...')
+
+
+def signature(sym, name):
+    "A call with parameters and defaults; their types are in the table"
+    if isinstance(inspect.getattr_static(sym, 'fget', None), property) or isinstance(sym, property): return name
+    stars = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
+    args = [stars.get(v['kind'], '') + k + ('' if v['default'] is EMPTY else f"={shown(v['default'])}") for k, v in parameters(sym).items() if k != 'return']
+    line = f"{'class ' if inspect.isclass(sym) else ''}{name}({', '.join(args)})"
+    return line if len(line) <= 90 else re.sub(r'\(.*\)$', lambda _: '(\n    ' + ',\n    '.join(args) + '\n)', line, flags=re.S)
+
+
+def table(sym, name):
+    "The parameters with type, default and meaning, shapes and units included"
+    if isinstance(sym, property): return ''
+    params = parameters(sym)
+    out = params.pop('return', None)
+    returns = out and (out.get('docment') or out.get('anno') not in (None, EMPTY))
+    rows = [(f'`{k}`', v['anno'], v['default'], v['docment']) for k, v in params.items()] + ([('**returns**', out['anno'], EMPTY, out['docment'])] if returns and not inspect.isclass(sym) else [])
+    cells = [(k, '' if a in (None, EMPTY) else f'`{shown(a)}`', '' if d is EMPTY else f'`{shown(d)}`', (m or '').replace('\n', ' ')) for k, a, d, m in rows]
+    lines = ['| ' + ' | '.join(o.replace('|', r'\|') for o in row) + ' |' for row in [('parameter', 'type', 'default', 'meaning'), ('---',)*4, *cells]]
+    return '\n'.join(lines) if cells else ''
+
+
+def undocumented():
+    "Exported names without a docstring, and parameters of theirs without a meaning"
+    for module in modules():
+        for name in module.__all__:
+            sym = getattr(module, name)
+            if not callable(sym): continue
+            if not (sym.__doc__ or '').strip(): yield f'{module.__name__}: {name} has no docstring'
+            for k, v in parameters(sym).items():
+                if k != 'return' and not v['docment']: yield f'{module.__name__}: the parameter {k} of {name} has no meaning'
+
+
+def modules():
+    "The modules of the package in reading order"
+    order = re.findall(r'^from \.(\w+) import', (ROOT/'gradmax_nb'/'all.py').read_text(encoding='utf-8'), re.M)
+    rest = sorted('.'.join(p.relative_to(ROOT/'gradmax_nb').with_suffix('').parts) for p in (ROOT/'gradmax_nb').rglob('*.py'))
+    names = dict.fromkeys([*order, *(n for n in rest if not n.rpartition('.')[2].startswith('_') and n != 'all')])
+    return [m for m in (import_module(f'gradmax_nb.{n}') for n in names) if hasattr(m, '__all__')]
 
 
 def slug(title):
@@ -94,14 +171,15 @@ def relink(text, page, known):
 
     def api(m):
         label, target, name = m.groups()
-        name = next((o for o in (name, name.split('.')[0]) if o in known.get(target, ())), None)
-        return f'[{label}](/{target}.ipynb#{name})' if name else label
+        anchor = next((o for o in (name, name.split('.')[0]) if o in known.get(target, ())), None)
+        if anchor is None and not label.strip('`').rpartition('.')[2].startswith('_'): PROBLEMS.append(f'{page}: {label} is exported, but {target} has no entry for it')
+        return f'[{label}](/{target}.ipynb#{anchor})' if anchor else label
 
     def outside(m):
         inside = (NBS/page.parent/m[2].split('#')[0]).resolve().is_relative_to(NBS)
-        return m[0] if inside else f'<a href="{escape(m[2])}">{m[1]}</a>'
+        return m[0] if inside else m[1]  # a site that is served alone has no checkout around it
 
-    text = re.sub(r'\[source\]\(/blob/main/([\w/]+\.py)#L\w+\)\{.*?\}', rf'<a class="src" href="{up}../\1">source</a>', text)
+    text = re.sub(r'\[source\]\((/source/[^)]+)\)', lambda m: f'<a class="src" href="{up}{m[1][1:]}">source</a>', text)
     text = re.sub(r'\[(`[^`]*`)\]\(/([\w/]+)\.html#([^)\s]+)\)', api, text)
     return re.sub(r'(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)\s]+)\)', outside, text)
 
@@ -111,10 +189,10 @@ def markdown(text, page, known):
     parts = re.split(r'(^```.*?^```$)', text, flags=re.M | re.S)
     for pattern, new in SYNTAX: parts[::2] = [re.sub(pattern, new, o, flags=re.M) for o in parts[::2]]
     parts[::2] = [relink(o, page, known) for o in parts[::2]]
-    return re.sub(r'^```python\ndef (?=[A-Z]\w*\()', '```python\nclass ', ''.join(parts), flags=re.M)
+    return ''.join(parts)
 
 
-def code(cell):
+def code(cell, page, alt):
     "A code cell without directives; those that hide something become tags"
     options = dict(re.findall(r'^#\| *([\w-]+): *(.*?) *$', cell.source, re.M))
     if options.get('include') == 'false': return None
@@ -123,17 +201,28 @@ def code(cell):
     for o in cell.outputs:
         html = o.get('data', {}).get('text/html')
         if html: o['data']['text/html'] = re.sub(r'<link[^>]*https?://[^>]*>', '', ''.join(html))
+        png = o.get('data', {}).get('image/png')
+        if o['output_type'] == 'error': PROBLEMS.append(f"{page}: a stored traceback: {o.get('ename')}: {o.get('evalue')}")
+        if png: o['data'] = {'image/png': png}
     source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-    return dict(cell_type='code', source=source, outputs=cell.outputs, execution_count=None, metadata={'tags': tags})
+    return dict(cell_type='code', source=source, outputs=cell.outputs, execution_count=None, metadata={'tags': tags, 'mystnb': {'image': {'alt': alt}}})
+
+
+def picture_text(cell, before):
+    "A text for the pictures of a code cell: the title it gives them, else the last sentence of the prose `before` it"
+    title = re.search(r"""(?:title=|set_title\(|suptitle\()f?(['"])(.+?)\1""", cell.source)
+    prose = re.sub(r'\$[^$]*\$|[`*|#\[\]]|\([^)]*\)', '', before).strip().splitlines() or ['']
+    return 'Figure: ' + (title[2] if title else re.split(r'(?<=[.:?]) ', prose[-1])[-1].rstrip(' :') or 'output of the cell above')
 
 
 def rewrite(nb, page, known):
     "The processed notebook `nb` as a valid notebook for myst-nb"
-    cells = []
+    cells, prose = [], ''
     for c in nb.cells:
         if not c.get('source') or c.cell_type == 'raw': continue
         text = show_doc_text(c) or (c.source if c.cell_type == 'markdown' else None)
-        cells.append(code(c) if text is None else dict(cell_type='markdown', source=markdown(text, page, known), metadata={}))
+        if c.cell_type == 'markdown': prose = c.source
+        cells.append(code(c, page, picture_text(c, prose)) if text is None else dict(cell_type='markdown', source=markdown(text, page, known), metadata={}))
     state = {WIDGETS: nb.metadata['widgets'][WIDGETS]} if widget_state(nb) else None
     return dict(cells=[{'id': f'c{i}', **c} for i, c in enumerate(filter(None, cells))],
                 metadata={**METADATA, **({'widgets': state} if state else {})}, nbformat=4, nbformat_minor=5)
@@ -149,7 +238,51 @@ def contents(pages):
     def tree(title, folder):
         names = [p.as_posix() for p in pages if p.parent == Path(folder) and p != Path('index')]
         return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *names, '```']) if names else ''
-    return '\n\n'.join(tree(*o) for o in SECTIONS.items())
+    api = ['```{toctree}', ':hidden:', ':caption: API', '', 'api', '```']
+    return '\n\n'.join([*(tree(*o) for o in SECTIONS.items()), '\n'.join(api)])
+
+
+def write_source(module):
+    "A page with the source of a module, an anchor at every definition; the links of the entries lead here"
+    path = source_of(type('', (), {'__module__': module.__name__}))
+    text = Path(module.__file__).read_text(encoding='utf-8')
+    parts = re.split(r'^# %% .*\n', text, flags=re.M)
+    out = ['---', 'nosearch: true', '---', '', f'# gradmax_nb/{path}.py', '', f'Written by nbdev from the page on [{path}]({"../"*path.count("/")}../{path}.ipynb).', '']
+    for part in parts:
+        for name in definitions(part): out += [f'<span id="{name}"></span>']
+        out += ['', '```python', part.strip('\n'), '```', '']
+    (SITE/'source'/path).parent.mkdir(parents=True, exist_ok=True)
+    (SITE/'source'/f'{path}.md').write_text('\n'.join(out), encoding='utf-8')
+    return f'source/{path}'
+
+
+def definitions(text):
+    "The names that a part of a module defines; methods as `Class.method`, patched ones too"
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+            yield from (f'{node.name}.{f.name}' for f in node.body if isinstance(f, ast.FunctionDef))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.args.args[0].annotation if node.args.args else None
+            patched = any('patch' in ast.unparse(d) for d in node.decorator_list)
+            for c in ([o.strip() for o in ast.unparse(first).split('|')] if patched and first is not None else ['']): yield f'{c}.{node.name}'.lstrip('.')
+
+
+def write_api(known, sources):
+    "The page that lists every exported name with what it is, and hides the source pages in the navigation"
+    out = ['# All names', '', '{.lead}', 'Every exported name, by module in reading order. A name leads to its entry, with parameters and examples; `from gradmax_nb.all import *` brings those of the library.', '']
+    for module in modules():
+        path = source_of(type('', (), {'__module__': module.__name__}))
+        first = (module.__doc__ or '').strip().splitlines()
+        out += [f'## {path}', '', f"{first[0] if first else ''} [Page]({path}.ipynb), [source](source/{path}.md).", '', '| name | what it is |', '|---|---|']
+        for name in module.__all__:
+            sym = getattr(module, name)
+            label = f'[`{name}`]({path}.ipynb#{name.lower()})' if name.lower() in known.get(path, ()) else f'`{name}`'
+            if label[0] != '[' and callable(sym): PROBLEMS.append(f'api: {name} of {path} has no entry')
+            out.append(f"| {label} | {(inspect.getdoc(sym) or '').splitlines()[0] if callable(sym) and inspect.getdoc(sym) else 'a value'} |")
+        out.append('')
+    out += ['```{toctree}', ':hidden:', '', *sources, '```']
+    (SITE/'api.md').write_text('\n'.join(out), encoding='utf-8')
 
 
 def write_pages():
@@ -159,6 +292,12 @@ def write_pages():
     if len(pages) < len(paths): sys.exit('two notebooks in one folder differ only in their number')
     known = {p.as_posix(): anchors(nb) for p, nb in pages.items()}
     shutil.copytree(NBS, SITE, ignore=shutil.ignore_patterns('_*', '.*', '*.ipynb', '*.md'))
+    write_api(known, [write_source(m) for m in modules()])
+    tokens = check_pages.words(''.join(p.read_text(encoding='utf-8') for p in [*(ROOT/'gradmax_nb').rglob('*.py'), *ROOT.glob('*.py')]))
+    for p in paths: tokens |= check_pages.words('\n'.join(c.source for c in read_nb(p).cells if c.cell_type == 'code'))
+    for p in paths:
+        for c in read_nb(p).cells:
+            if c.cell_type == 'markdown': PROBLEMS.extend(f'{p.relative_to(NBS)}: {o}' for o in check_pages.unresolved(c.source, tokens))
     for page, nb in pages.items():
         out = rewrite(nb, page, known)
         if page == Path('index'): out['cells'].append(dict(id='toc', cell_type='markdown', source=contents(pages), metadata={}))
@@ -184,45 +323,40 @@ def render(**settings):
     return log.getvalue().splitlines()
 
 
-def publish():
-    "Copy the rendered site to docs/, less what differs between machines or serves nobody"
-    shutil.rmtree(DOCS, ignore_errors=True)
-    shutil.copytree(HTML, DOCS, ignore=shutil.ignore_patterns('.buildinfo*', '.doctrees', 'objects.inv', '*.map', 'README.md'))
-    (DOCS/'.nojekyll').touch()
-    for page in DOCS.rglob('*.html'):
+FINISH = [
+    (r'<a href="https://github.com/pradyunsg/furo">(Furo)</a>', r'\1'),
+    (r'<pre>(?=<span></span>)', '<pre tabindex="0">'),                    # code that is too wide can be scrolled with the keyboard
+    (r'<div class="math notranslate nohighlight"', r'\g<0> tabindex="0"'),
+    (r'(<table class="(?:docutils|dataframe)[^>]*>.*?</table>)', r'\1'),
+]
+
+
+def publish(folder):
+    "Copy the rendered site to `folder`, less what differs between machines or serves nobody"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(HTML, folder, ignore=shutil.ignore_patterns('.buildinfo*', '.doctrees', 'objects.inv', '*.map', 'README.md'))
+    (folder/'.nojekyll').touch()
+    for page in folder.rglob('*.html'):
         text = page.read_text(encoding='utf-8')
-        page.write_text(re.sub(r'<a href="https://github.com/pradyunsg/furo">(Furo)</a>', r'\1', text), encoding='utf-8')
+        for pattern, new in FINISH: text = re.sub(pattern, new, text)
+        page.write_text(text, encoding='utf-8')
 
 
-def broken_links():
-    "Local links and pictures without a target, and anything that a page would load from another host"
-    soups = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in sorted(DOCS.rglob('*.html'))}
-    ids = {p: {t['id'] for t in s.find_all(id=True)} for p, s in soups.items()}
-    for page, soup in soups.items():
-        for tag in soup.find_all(lambda t: t.get('href') or t.get('src')):
-            url = tag.get('href') or tag['src']
-            if re.match(r'https?:|//', url):
-                if tag.name != 'a': yield f'{page.relative_to(ROOT)}: loads {url}'
-            elif not re.match(r'data:|mailto:', url):
-                path, _, name = url.partition('#')
-                target = (page.parent/path.split('?')[0]).resolve() if path else page
-                if not target.exists() or (name and target in ids and name not in ids[target]):
-                    yield f'{page.relative_to(ROOT)}: no target for {url}'
-
-
-def main():
+def main(folder=DOCS):
+    folder = Path(folder).resolve()
     os.chdir(ROOT)
     shutil.rmtree(ROOT/'_proc', ignore_errors=True)
     warnings.filterwarnings('error', message='Found cells containing imports and other code')
     # Only names of this package become links, whatever else is installed.
     nbdev.processors.NbdevLookup = nbdev.showdoc.NbdevLookup = partial(NbdevLookup, incl_libs='gradmax-nb')
+    nbdev.showdoc.BasicMarkdownRenderer = Entry
     if not NbdevLookup(incl_libs='gradmax-nb').syms: sys.exit("gradmax-nb is not installed here: pip install -e '.[dev]'")
     problems = render(**write_pages())
-    publish()
-    problems += broken_links()
+    publish(folder)
+    problems += [*PROBLEMS, *undocumented(), *check_pages.problems(folder)]
     for o in problems: print(o.replace(f'{SITE}{os.sep}', ''), file=sys.stderr)
-    print(f"docs/: {len(list(DOCS.rglob('*.html')))} pages, {len(problems)} problems")
+    print(f"{folder.name}/: {len(list(folder.rglob('*.html')))} pages, {len(problems)} problems")
     return bool(problems)
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__': sys.exit(main(*sys.argv[1:]))

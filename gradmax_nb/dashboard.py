@@ -310,7 +310,7 @@ def figure(self:GrowthDashboard)->Figure:
 def _loss_picture(dash):
     "The curve of the loss, for the live view."
     figure = Figure(figsize=(9,2.4), dpi=80)
-    ax = figure.add_axes((.07,.2,.915,.68))
+    ax = figure.add_axes((.09,.2,.895,.68))
     start = dash.spent[0][0] if dash.spent else 0
     plot_growth(_log(dash.learn).rows, dash.curve.values, start=start, every=dash.curve.every, title='Training loss', ax=ax)
     return _png(figure)

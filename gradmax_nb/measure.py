@@ -200,7 +200,11 @@ def lift_of(
 # %% ../nbs/03a_measure.ipynb #00000040
 class Lift:
     "Forward hook that adds a constant to channels `start` and later; for layers without a bias."
-    def __init__(self, start, value): self.start,self.value = start,value
+    def __init__(self,
+        start:int,  # First channel that is lifted
+        value:float # What is added
+    ):
+        self.start,self.value = start,value
     def __call__(self, module, args, out):
         axis = 1 if isinstance(module, (_ConvNd,_NormBase)) else out.dim()-1
         v = out.new_zeros(out.shape[axis])
@@ -306,7 +310,7 @@ def _note_norms(point, site):
 @dataclass(eq=False)
 class Measurement:
     "What the growth batches say about one site."
-    site:Site
+    site:Site                    # The site that was measured
     batches:list                 # One `Captured` per batch
     loss:float                   # Mean loss of the growth batches
     rerun:object=None            # `rerun(extra)` gives `(loss, batches)` with neurons added, see `with_neurons`
@@ -339,26 +343,39 @@ class Measurement:
         return [torch.Size((c.weight.shape[0], r.spread, *c.weight.shape[2:])) for c,r in zip(self.consumers,self.site.readers)]
 
 # %% ../nbs/03a_measure.ipynb #00000060
-def incoming_weight(m, U):
+def incoming_weight(
+    m:Measurement,  # Measurement of one site
+    U:torch.Tensor  # Incoming directions, `(k, rows)`
+)->torch.Tensor:    # `(k, d_in, ...)`
     "Directions `(k, rows)` in the layout of the producer's weight."
     return U.view(-1, *m.weight.shape[1:])
 
-def outgoing_weights(m, V):
+def outgoing_weights(
+    m:Measurement,  # Measurement of one site
+    V:torch.Tensor  # Outgoing directions, `(k, cols)`
+)->list:            # One tensor per reader
     "Directions `(k, cols)` in the layout of each reader's weight, `(d_out, k*spread, ...)`."
     parts = V.split([s.numel() for s in m.shapes], 1)
     return [p.reshape(-1,*s).transpose(0,1).flatten(1,2) for p,s in zip(parts,m.shapes)]
 
 # %% ../nbs/03a_measure.ipynb #00000061
-def outgoing_directions(m, weights):
+def outgoing_directions(
+    m:Measurement, # Measurement of one site
+    weights:list   # One tensor per reader, `(d_out, k*spread, ...)`
+)->torch.Tensor:   # `(k, cols)`
     "The inverse of `outgoing_weights`: `(k, cols)`."
     return torch.cat([w.unflatten(1,(-1,s[1])).transpose(0,1).flatten(1) for w,s in zip(weights,m.shapes)], 1)
 
 # %% ../nbs/03a_measure.ipynb #00000062
-def existing_incoming(m):
+def existing_incoming(
+    m:Measurement # Measurement of one site
+)->torch.Tensor:  # `(width, rows)`
     "Incoming weights of the present neurons, `(width, rows)`."
     return m.weight.detach().flatten(1)
 
-def existing_outgoing(m):
+def existing_outgoing(
+    m:Measurement # Measurement of one site
+)->torch.Tensor:  # `(width, cols)`
     "Outgoing weights of the present neurons, `(width, cols)`."
     return outgoing_directions(m, [c.weight.detach() for c in m.consumers])
 
@@ -377,7 +394,9 @@ def _path(m, z, buds):
     return tuple(_pad(c,a) for c,a in zip(m.consumers, run_path(m.site, z, buds, m.point.lifts)))
 
 # %% ../nbs/03a_measure.ipynb #00000068
-def path_slopes(m)->list:
+def path_slopes(
+    m:Measurement # Measurement of one site
+)->list:          # One float per reader
     "Derivative of a pointwise path, one number per reader."
     z = _base(m, m.weight.new_zeros((1,)*(m.weight.dim() if m.weight.dim()>2 else 2))).requires_grad_()
     with torch.enable_grad(): out = run_path(m.site, z, zero_buds(m.site,1,m.point), m.point.lifts)
@@ -424,7 +443,9 @@ def _reader_shape(c, seen, k, spread):
     return None if isinstance(c, nn.Linear) else (lambda s: (s[0],k*spread,*s[2:]))(_pad(c, seen[:,:1]).shape)
 
 # %% ../nbs/03a_measure.ipynb #0000006e
-def positions(m)->int:
+def positions(
+    m:Measurement # Measurement of one site
+)->int:           # 1 for a Linear layer on `(bs, d)`, height times width for a Conv2d
     "Positions per sample at which the producer works."
     shape = _z_shape(m, m.batches[0].x[:1], 1)
     return torch.Size(shape).numel()
@@ -855,7 +876,11 @@ def loss_with(
     return m.virtual_loss(adding(m,U,V,zero_incoming))
 
 # %% ../nbs/03a_measure.ipynb #000000ce
-def with_neurons(m, U, V):
+def with_neurons(
+    m:Measurement,  # Measurement of one site
+    U:torch.Tensor, # Their incoming directions, `(k, rows)`
+    V:torch.Tensor  # Their outgoing directions, `(k, cols)`
+)->Measurement:     # Of the same batches
     "The measurement as it would be with candidate neurons in place."
     loss,batches = m.rerun(adding(m, U, V, True))
     return Measurement(m.site, batches, loss, m.rerun, m.virtual_loss, m.lr, m.seed+1)

@@ -24,8 +24,8 @@ from .surgery import append_channels, append_inputs, append_outputs, bud
 # %% ../nbs/03_sites.ipynb #0000000f
 @dataclass(frozen=True)
 class Ref:
-    "Stands for the result of step `index` of a path; 0 is the producer's output."
-    index:int
+    "Stands for the result of one step of a path."
+    index:int # Number of the step, from 1; 0 is the producer's output
 
 @dataclass(frozen=True)
 class Step:

@@ -188,6 +188,7 @@ def plot_spectrum(
         look = dict(color=plt.get_cmap('viridis')(.9*i/max(1,len(spectra)-1))) if history else _style(i)
         ax.plot(range(1,len(sigma)+1), sigma, marker='o', ms=4, lw=1.2, label=name, **look)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if max(map(len, spectra.values()), default=0)<2: ax.set_xlim(.4, 1.6)
     values = [v for s in spectra.values() for v in s]
     ax.set_ylim(bottom=0, top=1.05*max(values, default=1) or 1)
     if 1<len(spectra)<=8: ax.legend(frameon=False, fontsize='small')
@@ -298,7 +299,7 @@ def plot_dashboard(
     rows,end = _rows(history,'step','site','old_width','new_width','loss','sigma'),start+every*len(losses)
     figure = Figure(figsize=(9,5), dpi=80) if figure is None else figure
     figure.clear()
-    (loss,width),(spectrum,budget) = figure.subplots(2, 2, gridspec_kw=dict(left=.07, right=.985, bottom=.09, top=.94, wspace=.2, hspace=.42))
+    (loss,width),(spectrum,budget) = figure.subplots(2, 2, gridspec_kw=dict(left=.08, right=.985, bottom=.09, top=.94, wspace=.2, hspace=.42))
     plot_growth(rows, losses, start=start, every=every, title='Training loss', ax=loss)
     plot_widths(rows, steps=end or None, widths=widths, ax=width)
     plot_spectrum(_spectra_of_last(rows), title='Singular values of the last growth', ax=spectrum)

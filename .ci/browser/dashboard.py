@@ -44,7 +44,7 @@ REPORT = '''
 dash.wait()
 check_optimizer(learn.opt, learn.model)
 Path('report.json').write_text(json.dumps(dict(history=learn.growth.history[['step','site','old_width','new_width','method']].to_dict('records'),
-    widths={s.name:s.width for s in find_sites(model, x[:8])[0]}, steps=learn.growth.steps, share=dash.ledger.spent/dash.ledger.trained())))
+    widths={s.name:s.width for s in find_sites(model, x[:8])[0]}, steps=learn.growth.steps)))
 print('reported')
 '''
 
@@ -121,6 +121,13 @@ class Page:
         box.send_keys(Keys.CONTROL, 'a', Keys.NULL, str(value), Keys.ENTER)
 
 
+def open_notebook(page, url):
+    "Open the notebook and wait until it can be run"
+    page.driver.get(url)
+    until(lambda: page.css('.jp-Notebook .jp-Cell') and page.driver.execute_script('return !!window.jupyterapp'), 'JupyterLab in the browser', 90)
+    time.sleep(3)
+
+
 def steer(page, way):
     "Grow, pause, grow while paused, resume, change, grow, stop; each step is seen on the page before the next"
     until(lambda: page.step() > 20, 'a training that shows its steps', 120)
@@ -177,9 +184,7 @@ def drive(way, pictures):
         (folder/'test.ipynb').write_text(json.dumps(notebook(SETUP, f'dash = GrowthDashboard(learn)\n{WAYS[way]}', REPORT)))
         with lab(folder, subshells=way == 'blocking') as url, browser(1200, 1300) as driver:
             page = Page(driver, pictures)
-            driver.get(url)
-            until(lambda: page.css('.jp-Notebook .jp-Cell') and driver.execute_script('return !!window.jupyterapp'), 'JupyterLab in the browser', 90)
-            time.sleep(3)
+            open_notebook(page, url)
             for i in range(2): page.run_cell(i)
             try: at = steer(page, way)
             except BaseException:
@@ -195,7 +200,53 @@ def drive(way, pictures):
             assert 'image/png' in kinds and 'application/vnd.jupyter.widget-view+json' not in kinds, kinds
             report = json.loads((folder/'report.json').read_text())
             check(report, at)
-            print(f'ok: {way}: {report["steps"]} steps, stopped; dashboard {report["share"]:.2%} of the training time, pictures after clicks included')
+            print(f'ok: {way}: stopped after {report["steps"]} steps')
+
+
+BENCHMARK = """
+import platform, time, matplotlib, ipykernel, ipywidgets, fastai
+def wide(a, b): return nn.Sequential(nn.Conv2d(1,a,3,padding=1), nn.ReLU(), nn.Conv2d(a,b,3,padding=1), nn.ReLU(), nn.Conv2d(b,b,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16*b,10))
+def train(watched, widths, epochs):
+    set_seed(0)
+    learn = Learner(dls, wide(*widths), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD,mom=.9), lr=.005)
+    dash = GrowthDashboard(learn) if watched else None
+    start = time.perf_counter()
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=GrowthCallback(BoundMax(), EveryN(320*epochs//4, times=3)))
+    return time.perf_counter()-start, dash
+def measure_cost(name, widths, epochs, pairs):
+    seconds,dashes = ([],[]),[]
+    for i in range(2*pairs):
+        took,dash = train(i%2, widths, epochs)
+        seconds[i%2].append(took)
+        if dash: dashes.append(dash)
+    plain,watched = (sorted(s)[len(s)//2] for s in seconds)
+    shares = sorted(d.ledger.spent/s for d,s in zip(dashes,seconds[1]))
+    return dict(name=name, steps=320*epochs, step_ms=round(1000*plain/320/epochs,2), pairs=pairs, pictures=sorted(d.ledger.pictures for d in dashes)[len(dashes)//2],
+                share=round(shares[len(shares)//2],4), largest_share=round(shares[-1],4), wall_change=round(watched/plain-1,4), seconds=[[round(s,2) for s in o] for o in seconds])
+"""
+MEASURE = """
+runs = [measure_cost('small network, short steps', (2,4), 40, 5), measure_cost('larger network, longer steps', (16,32), 4, 5)]
+cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
+versions = dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, matplotlib=matplotlib.__version__, ipykernel=ipykernel.__version__, ipywidgets=ipywidgets.__version__)
+Path('report.json').write_text(json.dumps(dict(hardware=f'{cpu}, 1 thread', versions=versions, runs=runs)))
+"""
+
+
+def benchmark():
+    "The same trainings with and without a dashboard, in turn, in a JupyterLab that shows it; writes RESULT"
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        (folder/'test.ipynb').write_text(json.dumps(notebook(SETUP, BENCHMARK, MEASURE)))
+        with lab(folder, subshells=True) as url, browser(1200, 1300) as driver:
+            page = Page(driver, None)
+            open_notebook(page, url)
+            for i in range(3): page.run_cell(i)
+            until(lambda: (folder/'report.json').exists() and (folder/'report.json').read_text(), 'the measurement', 3600)
+            report = json.loads((folder/'report.json').read_text())
+    import importlib.metadata as m
+    report['versions']['jupyterlab'] = m.version('jupyterlab')
+    RESULT.write_text(json.dumps(report, indent=1) + '\n')
+    for r in report['runs']: print(r)
 
 
 def main():
@@ -208,6 +259,7 @@ def main():
         print(f'skipped: not installed here: {", ".join(missing())} (apt-get install chromium chromium-driver; pip install selenium jupyterlab)')
         return SKIPPED
     if args.pictures: args.pictures.mkdir(parents=True, exist_ok=True)
+    if args.benchmark: return benchmark()
     for way in args.ways or WAYS: drive(way, args.pictures)
 
 

@@ -60,7 +60,12 @@ def conv_case(
 # %% ../../nbs/experiments/02_cost.ipynb #00000012
 class PreActBlock(nn.Module):
     "Residual block with one BatchNorm, in front, and an inner width of its own."
-    def __init__(self, c_in, c_out, stride, inner):
+    def __init__(self,
+        c_in:int,   # Channels that come in
+        c_out:int,  # Channels that go out
+        stride:int, # Of the first convolution
+        inner:int   # Channels between the two convolutions
+    ):
         super().__init__()
         self.bn,self.conv1 = nn.BatchNorm2d(c_in),nn.Conv2d(c_in,inner,3,stride,1,bias=False)
         self.conv2 = nn.Conv2d(inner,c_out,3,1,1,bias=False)
@@ -92,7 +97,11 @@ def wrn_case(
     return Case('wrn', f'WRN-{6*n_blocks+4}-1 × {fraction}, all {3*n_blocks} blocks, batch {batch}, +25 %', narrow_wrn(fraction,n_blocks), xy, F.cross_entropy, .25)
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000016
-def train_step(net, opt, case):
+def train_step(
+    net:nn.Module, # Network
+    opt,           # Its optimizer
+    case           # Its `Case`, which has the batch and the loss
+):
     "Forward, backward and optimizer."
     opt.zero_grad()
     case.loss_func(net(case.batch[0]), case.batch[1]).backward()
@@ -106,7 +115,12 @@ def _seconds(f, *args):
     return time.perf_counter()-start
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000017
-def grown_copy(case, net, opt, sites):
+def grown_copy(
+    case:Case,     # What to grow
+    net:nn.Module, # Network
+    opt,           # Its optimizer
+    sites:list     # The sites to grow
+):                 # Function without arguments
     "A function that grows a copy of `net` and `opt` (which hold each other), made beforehand."
     copy,memory = deepcopy((net,opt))
     return lambda: grow(copy, [s.on(copy) for s in sites], case.counts(sites), GradMax(), case.batch, case.loss_func, memory)
