@@ -14,12 +14,14 @@ import io
 from html import escape
 
 # %% ../nbs/08a_moving.ipynb #00000007
+_density = 2 # pixels drawn per pixel shown, for screens with small ones
+
 def _png(fig, colours=64):
     "The matplotlib figure `fig` as a small PNG; closes it."
     import matplotlib.pyplot as plt
     from PIL import Image
     wide,small = io.BytesIO(),io.BytesIO()
-    fig.savefig(wide, format='png', dpi=fig.dpi, metadata={'Software':None})
+    fig.savefig(wide, format='png', dpi=_density*fig.dpi, metadata={'Software':None})
     plt.close(fig)
     Image.open(wide).convert('RGB').quantize(colours, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
     return small.getvalue()
@@ -29,14 +31,15 @@ _script = ("const f=this.closest('figure'),m=f.querySelectorAll('img');m.forEach
            "f.querySelector('output').value=m[this.value].dataset.label;this.setAttribute('aria-valuetext',m[this.value].dataset.label)")
 
 def _img(png, label, alt, visible):
-    data,hidden = base64.b64encode(png).decode(),'' if visible else ' style="display:none"'
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(f"{alt}: {label}")}" data-label="{escape(label)}"{hidden}>'
+    data,width = base64.b64encode(png).decode(),int.from_bytes(png[16:20],'big')//_density
+    hidden = '' if visible else ';display:none'
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(f"{alt}: {label}")}" data-label="{escape(label)}" width="{width}" style="max-width:100%;height:auto{hidden}">'
 
 # %% ../nbs/08a_moving.ipynb #0000000b
 class MovingFigure:
     "Stored pictures with a slider; shows itself in a notebook."
     def __init__(self,
-        frames:list, # PNG files as bytes, all of one size
+        frames:list, # PNG files as bytes, all of one size, shown at half of it
         labels:list, # What the slider says at each frame
         name:str,    # What the slider moves
         alt:str,     # What the pictures show, for readers who cannot see them
