@@ -16,7 +16,7 @@ from html import escape
 # %% ../nbs/08a_moving.ipynb #00000007
 _density = 2 # pixels drawn per pixel shown, for screens with small ones
 
-def _png(fig, colours=64):
+def _png(fig, colours=32):
     "The matplotlib figure `fig` as a small PNG; closes it."
     import matplotlib.pyplot as plt
     from PIL import Image
