@@ -1,4 +1,5 @@
 """Renders the notebooks of nbs/ to the static site in docs/: `python build_site.py`, or `python build_site.py FOLDER` for another place.
+The home page is also written as README.md.
 
 nbdev runs imports, exports and `show_doc`; this script rewrites the result for Sphinx (myst-nb, furo) and checks the pages.
 All other outputs are the ones stored in the notebooks, and the same notebooks always give the same bytes."""
@@ -10,6 +11,7 @@ import re
 import shutil
 import sys
 import warnings
+from base64 import b64decode
 from functools import partial
 from importlib import import_module
 from io import StringIO
@@ -159,6 +161,7 @@ SYNTAX = [  # what nbdev and Quarto write, and what MyST reads
     (r'^(#+ .*?) *\{#([\w-]+)\}$', r'(\2)=\n\1'),
     (r'\$\$ *\{#(eq-[\w-]+)\}', r'$$ (\1)'),
     (r'(?:\A|(?<=\n\n))\\begin\{(align|gather)\*?\}((?s:.*?))\\end\{\1\*?\}(?=\n\n|\Z)', r'$$\\begin{\1ed}\2\\end{\1ed}$$'),
+    (r'^(\$\$(?s:.+?)\$\$(?: \([\w-]+\))?)[ ]*$', r'\n\1\n'),  # a display that follows a line of text is one all the same
     (r'(?<![\w`])@(eq-[\w-]*\w)', r'{eq}`\1`'),
     (r'(?<![\w`])@(sec-[\w-]*\w)', r'{ref}`\1`'),
     (r'(\]\([^()\s]*?)\d+[a-zA-Z0-9]*_([^()/\s]+\.ipynb)', r'\1\2'),
@@ -176,6 +179,7 @@ def relink(text, page, known):
         return f'[{label}](/{target}.ipynb#{anchor})' if anchor else label
 
     def outside(m):
+        if '/docs/' in f'/{m[2]}': return f"[{m[1]}]({up}{m[2].partition('docs/')[2]})"
         inside = (NBS/page.parent/m[2].split('#')[0]).resolve().is_relative_to(NBS)
         return m[0] if inside else m[1]  # a site that is served alone has no checkout around it
 
@@ -327,7 +331,8 @@ FINISH = [
     (r'<a href="https://github.com/pradyunsg/furo">(Furo)</a>', r'\1'),
     (r'<pre>(?=<span></span>)', '<pre tabindex="0">'),                    # code that is too wide can be scrolled with the keyboard
     (r'<div class="math notranslate nohighlight"', r'\g<0> tabindex="0"'),
-    (r'(<table class="(?:docutils|dataframe)[^>]*>.*?</table>)', r'\1'),
+    (r'(<p class="caption" role="heading")>', r'\1 aria-level="2">'),
+    (r'<summary aria-label="[^"]*">', '<summary>'),
 ]
 
 
@@ -342,6 +347,25 @@ def publish(folder):
         page.write_text(text, encoding='utf-8')
 
 
+def readme():
+    "Write README.md, which is the home page with the outputs that are text or pictures, and its pictures beside the others"
+    out, pictures = [], 0
+    for c in read_nb(NBS/'index.ipynb').cells:
+        if c.cell_type == 'markdown':
+            out.append(re.sub(r'(\]\()(?!https?:|#)([^)\s]+)', lambda m: m[1] + os.path.normpath(f'nbs/{m[2]}'), c.source))
+        elif not re.search(r'^#\| *hide', c.source, re.M):
+            if 'code-fold' not in c.source: out.append(f'```python\n{c.source}\n```')
+            for o in c.outputs:
+                png, text = o.get('data', {}).get('image/png'), o.get('text') or o.get('data', {}).get('text/plain')
+                if png:
+                    pictures += 1
+                    path = f'nbs/images/home{pictures}.png'
+                    (ROOT/path).write_bytes(b64decode(''.join(png)))
+                    out.append(f'![{picture_text(c, out[-1])}]({path})')
+                elif text: out.append(f"```text\n{''.join(text).rstrip()}\n```")
+    (ROOT/'README.md').write_text('\n\n'.join(out) + '\n', encoding='utf-8')
+
+
 def main(folder=DOCS):
     folder = Path(folder).resolve()
     os.chdir(ROOT)
@@ -350,6 +374,7 @@ def main(folder=DOCS):
     # Only names of this package become links, whatever else is installed.
     nbdev.processors.NbdevLookup = nbdev.showdoc.NbdevLookup = partial(NbdevLookup, incl_libs='gradmax-nb')
     nbdev.showdoc.BasicMarkdownRenderer = Entry
+    if folder == DOCS: readme()
     if not NbdevLookup(incl_libs='gradmax-nb').syms: sys.exit("gradmax-nb is not installed here: pip install -e '.[dev]'")
     problems = render(**write_pages())
     publish(folder)

@@ -58,7 +58,7 @@ def raw(soup):
     for o in soup.find_all(['code', 'pre', 'script', 'style']): o.clear()
     for o in soup.find_all(class_='math'): o.clear()
     text = soup.get_text(' ')
-    for pattern, what in ((r'\$\$|\$\\\w+', 'a formula'), (r':::+ *\{', 'a call-out'), (r'\{#[\w-]+\}', 'an anchor'), (r'@(?:eq|sec)-[\w-]+', 'a reference')):
+    for pattern, what in ((r'\$[^$\n]{0,40}\$?', 'a formula'), (r':::+ *\{', 'a call-out'), (r'\{#[\w-]+\}', 'an anchor'), (r'@(?:eq|sec)-[\w-]+', 'a reference')):
         for o in re.findall(pattern, text): yield f'shows {what} as typed: {o}'
 
 
