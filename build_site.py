@@ -179,7 +179,7 @@ def relink(text, page, known):
         return f'[{label}](/{target}.ipynb#{anchor})' if anchor else label
 
     def outside(m):
-        if '/docs/' in f'/{m[2]}': return f"[{m[1]}]({up}{m[2].partition('docs/')[2]})"
+        if '/docs/' in f'/{m[2]}': return f"""<a href="{up}{m[2].partition('docs/')[2]}">{m[1]}</a>"""
         inside = (NBS/page.parent/m[2].split('#')[0]).resolve().is_relative_to(NBS)
         return m[0] if inside else m[1]  # a site that is served alone has no checkout around it
 
@@ -213,7 +213,9 @@ def code(cell, page, alt):
 
 
 def picture_text(cell, before):
-    "A text for the pictures of a code cell: the title it gives them, else the last sentence of the prose `before` it"
+    "A text for the pictures of a code cell: its `fig-alt`, the title it gives them, or the last sentence of the prose `before` it"
+    said = re.search(r'^#\| *fig-alt: *"?(.+?)"? *$', cell.source, re.M)
+    if said: return said[1]
     title = re.search(r"""(?:title=|set_title\(|suptitle\()f?(['"])(.+?)\1""", cell.source)
     prose = re.sub(r'\$[^$]*\$|[`*|#\[\]]|\([^)]*\)', '', before).strip().splitlines() or ['']
     return 'Figure: ' + (title[2] if title else re.split(r'(?<=[.:?]) ', prose[-1])[-1].rstrip(' :') or 'output of the cell above')

@@ -225,7 +225,7 @@ def measure_cost(name, widths, epochs, pairs):
                 share=round(shares[len(shares)//2],4), largest_share=round(shares[-1],4), wall_change=round(watched/plain-1,4), seconds=[[round(s,2) for s in o] for o in seconds])
 """
 MEASURE = """
-runs = [measure_cost('small network, short steps', (2,4), 40, 5), measure_cost('larger network, longer steps', (16,32), 4, 5)]
+runs = [measure_cost('small network, short steps', (2,4), 20, 3), measure_cost('larger network, longer steps', (16,32), 4, 3)]
 cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
 versions = dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, matplotlib=matplotlib.__version__, ipykernel=ipykernel.__version__, ipywidgets=ipywidgets.__version__)
 Path('report.json').write_text(json.dumps(dict(hardware=f'{cpu}, 1 thread', versions=versions, runs=runs)))

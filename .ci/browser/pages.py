@@ -17,6 +17,9 @@ AXE = 'axe-core@4.14.1'
 MODES = {'light': (1280, 900, 'light'), 'dark': (1280, 900, 'dark'), 'phone': (390, 844, 'light')}
 SEARCHES = {'GradMax': 'GradMax', 'find_sites': 'find_sites', 'sign': 'sign'}
 PAGE = '''
+const done = arguments[arguments.length - 1];
+document.fonts.ready.then(() => setTimeout(() => done(look()), 100));
+function look() {
 const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth, out = [];
 if (wide > 1) {
   const worst = [...document.querySelectorAll('article *')].filter(o => o.getBoundingClientRect().right > innerWidth + 1 && !o.closest('pre, .table-wrapper, .math'));
@@ -31,6 +34,7 @@ const raw = copy.textContent.match(/[$].{0,40}/);
 if (raw) out.push(`shows a formula as typed: ${raw[0].slice(0, 60)}`);
 for (const o of document.querySelectorAll('article img')) if (!o.complete || !o.naturalWidth) if (getComputedStyle(o).display != 'none') out.push(`has an image that does not load: ${o.src.slice(0, 80)}`);
 return out;
+}
 '''
 SLIDE = '''
 const out = [], seen = f => [...f.querySelectorAll('img')].filter(o => getComputedStyle(o).display != 'none').map(o => o.src).join();
@@ -99,7 +103,7 @@ def main():
             for page in pages:
                 name = page.relative_to(folder).as_posix()
                 driver.get(page.as_uri())
-                problems = [*driver.execute_script(PAGE), *noise(driver)]
+                problems = [*driver.execute_async_script(PAGE), *noise(driver)]
                 if args.pictures and (args.only or name in ('index.html', 'theory.html', 'growth.html', 'viz.html', 'api.html')):
                     driver.save_screenshot(str(args.pictures/f'{name.replace("/", "-")[:-5]}-{mode}.png'))
                 moved, n = driver.execute_script(SLIDE)
