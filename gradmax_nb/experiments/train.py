@@ -106,7 +106,7 @@ def _device(args):
 def _pictures(args):
     if args.data=='patterns': return Patterns(size=args.size or 32)
     from gradmax_nb.experiments.pictures import load_images
-    return load_images(Path(args.data).expanduser(), size=args.size, cache=args.cache)
+    return load_images(args.data, size=args.size, cache=args.cache)
 
 # %% ../../nbs/experiments/04_train.ipynb #0000000a
 def one_run(

@@ -350,10 +350,12 @@ class Run:
         self.opt = torch.optim.SGD(self.model.parameters(), lr=self.recipe.peak, momentum=self.recipe.momentum, nesterov=self.recipe.nesterov, weight_decay=self.recipe.weight_decay)
         self.scaler = setup.precision.scaler(self.device)
         self.sites,self.plan = self._planned()
-        self.t,self.event,self.pending,self.stop,self.clock,self.saved = 0,0,None,False,time.perf_counter(),time.monotonic()
-        self.spent = dict(growth_flops=0, check_flops=0, train=0., growth=0., check=0., test=0.)
+        self.t,self.event,self.pending,self.stop,self.saved = 0,0,None,False,time.monotonic()
+        self.counted = dict(growth=0, check=0) # FLOPs
+        self.seconds,self.cpu_seconds = (dict(train=0., growth=0., check=0., test=0.) for _ in range(2))
         self.log = dict(sessions=[], epochs=[], growth=[])
         self._ready()
+        self.lap()
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000030
 @patch
@@ -426,8 +428,9 @@ def mean_loss(self:Run)->float:
 def lap(self:Run, name:str=None):
     "Book the time since the last lap under `name`; None just starts the clock."
     if self.device.type=='cuda': torch.cuda.synchronize(self.device)
-    now = time.perf_counter()
-    if name is not None: self.spent[name] += now-self.clock
+    now = time.perf_counter(),time.process_time()
+    if name is not None:
+        for book,a,b in zip((self.seconds,self.cpu_seconds),self.clock,now): book[name] += b-a
     self.clock = now
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000003c
@@ -499,6 +502,7 @@ def _row(rec): return dict(site=rec.site.name, old_width=rec.old_width, new_widt
 @patch
 def grow(self:Run)->dict:
     "The growth event that is due; returns its row in the log."
+    self.mean_loss() # a network that has diverged is not to be blamed on growth
     event,method = self.plan.events[self.event],self.contender.method
     batch = self.data.growth(self.recipe.growth_batch, stream(self.setup.seed,'growth',self.event))
     sites = [s for s in self.sites if event.widths.get(s.name,0)>s.width]
@@ -510,8 +514,8 @@ def grow(self:Run)->dict:
         with FlopCounterMode(display=False) as counter:
             records = grow(self.model, sites, [event.widths[s.name]-s.width for s in sites], method, batch, F.cross_entropy, self.opt) if sites else []
         self.lap('growth')
-        row = dict(event=self.event, step=self.t, seconds=round(self.clock-began,4), flops=counter.get_total_flops(), checked=checked, sites=[_row(r) for r in records])
-        self.spent['growth_flops'] += row['flops']
+        row = dict(event=self.event, step=self.t, seconds=round(self.clock[0]-began[0],4), flops=counter.get_total_flops(), checked=checked, sites=[_row(r) for r in records])
+        self.counted['growth'] += row['flops']
         if checked and records: self._check(row, records, batch, before)
     self._ready_again()
     self.event += 1
@@ -524,7 +528,7 @@ def _counted(self:Run, f, *args):
     "`f(*args)`, with its FLOPs and seconds booked as checking."
     self.lap('check')
     with FlopCounterMode(display=False) as counter: out = f(*args)
-    self.spent['check_flops'] += counter.get_total_flops()
+    self.counted['check'] += counter.get_total_flops()
     self.lap('check')
     return out
 
@@ -611,7 +615,7 @@ def evaluate(self:Run)->tuple: # Mean loss, percentage of right answers
 @patch
 def flops(self:Run)->int:
     "Training FLOPs so far, with those of growing, without those of checking."
-    return self.plan.total(self.t)+self.spent['growth_flops']
+    return self.plan.total(self.t)+self.counted['growth']
 
 @patch
 def _close_epoch(self:Run)->dict:
@@ -621,7 +625,7 @@ def _close_epoch(self:Run)->dict:
     test_loss,accuracy = self.evaluate()
     self.lap('test')
     row = dict(epoch=-(-self.t//self.per_epoch), step=self.t, lr=lr, train_loss=train_loss, test_loss=test_loss, accuracy=accuracy,
-               widths=[s.width for s in self.sites], flops=self.flops(), seconds=round(sum(v for k,v in self.spent.items() if 'flops' not in k),2))
+               widths=[s.width for s in self.sites], flops=self.flops(), seconds=round(sum(self.seconds.values()),2), cpu_seconds=round(sum(self.cpu_seconds.values()),2))
     self.log['epochs'].append(row)
     self.loss_sum,self.loss_count = torch.zeros_like(self.loss_sum),0
     self._write_log()
@@ -638,7 +642,7 @@ def save(self:Run):
     self.mean_loss()
     self.lap('train')
     if self.folder is not None:
-        extra = dict(config=self.config, t=self.t, event=self.event, spent=self.spent, loss_sum=self.loss_sum, loss_count=self.loss_count, log=self.log, rng=rng_state(), scaler=self.scaler.state_dict())
+        extra = dict(config=self.config, t=self.t, event=self.event, counted=self.counted, seconds=self.seconds, cpu_seconds=self.cpu_seconds, loss_sum=self.loss_sum, loss_count=self.loss_count, log=self.log, rng=rng_state(), scaler=self.scaler.state_dict())
         save_grown(self.folder/'checkpoint.safetensors', self.model, self.opt, history=[dict(s,step=e['step']) for e in self.log['growth'] for s in e['sites']], extra=extra)
         self._write_log()
     self.saved = time.monotonic()
@@ -671,7 +675,7 @@ def _restore(self:Run):
     _refuse(differences(found['config'],self.config), path)
     load_grown(path, self.model, self.opt)
     self._ready()
-    for k in ('t','event','spent','log','loss_count'): setattr(self, k, found[k])
+    for k in ('t','event','counted','seconds','cpu_seconds','log','loss_count'): setattr(self, k, found[k])
     self.loss_sum = found['loss_sum'].to(self.device)
     if found['scaler']: self.scaler.load_state_dict(found['scaler'])
     restore_rng(found['rng'])
@@ -735,7 +739,7 @@ def _finish(self:Run)->dict:
     sites = [s for e in checks for s in e['sites']]
     out = dict(method=self.setup.method, seed=self.setup.seed, accuracy=last['accuracy'], test_loss=last['test_loss'], train_loss=last['train_loss'], steps=self.t,
                parameters=sum(p.numel() for p in self.model.parameters()), flops=self.flops(), relative_flops=self.flops()/self.big_flops,
-               growth_flops=self.spent['growth_flops'], check_flops=self.spent['check_flops'], seconds={k:round(v,2) for k,v in self.spent.items() if 'flops' not in k},
+               growth_flops=self.counted['growth'], check_flops=self.counted['check'], **{n:{k:round(v,2) for k,v in getattr(self,n).items()} for n in ('seconds','cpu_seconds')},
                events=len(self.log['growth']), checked=len(checks), change=max([c for e in checks for c in e['change']],default=None), error=max([s['error'] for s in sites],default=None),
                new_neurons=sum(s['new_width']-s['old_width'] for s in sites), moved=sum(s['moved'] for s in sites), fires=sum(s['fires'] for s in sites))
     if self.folder is not None: write_text(self.folder/'result.json', json.dumps(out,indent=1)+'\n')
