@@ -22,12 +22,12 @@ from gradmax_nb.experiments.training import (Autocast, Compiled, Eager, FullPrec
     stoppable)
 from ..schedule import RoundRobin
 
-# %% ../../nbs/experiments/04_train.ipynb #00000003
+# %% ../../nbs/experiments/04_train.ipynb #00000005
 def recipes()->dict: # Name -> `Recipe`
     "The networks that `gradmax train` knows, in the paper's settings."
     return {r.name:r for r in (wrn_recipe(),vgg_recipe(),mobilenet_recipe())}
 
-# %% ../../nbs/experiments/04_train.ipynb #00000004
+# %% ../../nbs/experiments/04_train.ipynb #00000006
 def _whole(text):
     "A whole number of at least 1."
     if not text.isdecimal() or int(text)<1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
@@ -40,7 +40,7 @@ def _positive(text):
     if not 0<value<float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
     return value
 
-# %% ../../nbs/experiments/04_train.ipynb #00000005
+# %% ../../nbs/experiments/04_train.ipynb #00000007
 def add_train_arguments(
     p:argparse.ArgumentParser # Of the command
 ):
@@ -54,7 +54,7 @@ def add_train_arguments(
     _add_machine(p.add_argument_group('the machine'))
     _add_sweep(p.add_argument_group('a table'))
 
-# %% ../../nbs/experiments/04_train.ipynb #00000006
+# %% ../../nbs/experiments/04_train.ipynb #00000008
 def _add_recipe(g):
     g.add_argument('--epochs', type=_whole, metavar='N', help='passes over the training pictures (as in the paper: 200; mobilenet 90)')
     g.add_argument('--batch-size', type=_whole, metavar='N', help='pictures in a step (128; mobilenet 512); the learning rate follows in proportion')
@@ -65,7 +65,7 @@ def _add_recipe(g):
     g.add_argument('--equal-flops', action='store_true', help="train longer, until Baseline-Big's FLOPs are spent")
     g.add_argument('--size', type=_whole, metavar='N', help='height and width the pictures are brought to (as they are)')
 
-# %% ../../nbs/experiments/04_train.ipynb #00000007
+# %% ../../nbs/experiments/04_train.ipynb #00000009
 def _add_machine(g):
     g.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
     g.add_argument('--threads', type=_whole, metavar='N', help='processor threads of each run (1)', default=1)
@@ -82,7 +82,7 @@ def _add_sweep(g):
     g.add_argument('--seeds', type=_whole, default=3, metavar='N', help='seeds 0 to N-1 (%(default)s)')
     g.add_argument('--jobs', type=_whole, default=1, metavar='N', help='runs at the same time (%(default)s)')
 
-# %% ../../nbs/experiments/04_train.ipynb #00000008
+# %% ../../nbs/experiments/04_train.ipynb #0000000b
 def setup_of(
     args,            # Parsed arguments
     method:str=None, # None: the one in the arguments
@@ -96,7 +96,7 @@ def setup_of(
     engine = Eager() if args.compile is None else Compiled(*args.compile.split(':',1))
     return Setup(replace(r,**given), method or args.method, args.seed if seed is None else seed, args.norm, args.equal_flops, precision, engine, not args.no_channels_last, args.check_every)
 
-# %% ../../nbs/experiments/04_train.ipynb #00000009
+# %% ../../nbs/experiments/04_train.ipynb #0000000e
 def _device(args):
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: torch.empty(1, device=name)
@@ -108,7 +108,7 @@ def _pictures(args):
     from gradmax_nb.experiments.pictures import load_images
     return load_images(args.data, size=args.size, cache=args.cache)
 
-# %% ../../nbs/experiments/04_train.ipynb #0000000a
+# %% ../../nbs/experiments/04_train.ipynb #0000000f
 def one_run(
     args,            # Parsed arguments
     setup:Setup,     # What is asked
@@ -123,7 +123,7 @@ def one_run(
         with stoppable(run): return run.fit(Progress())
     finally: torch.set_num_threads(before)
 
-# %% ../../nbs/experiments/04_train.ipynb #0000000b
+# %% ../../nbs/experiments/04_train.ipynb #00000011
 _options = ('data','epochs','batch_size','lr','growth_batch','size','device','threads','amp','compile','check_every','save_seconds','cache')
 _flags = ('norm','round_robin','equal_flops','no_channels_last')
 
@@ -138,7 +138,7 @@ def command_of(
     return [args.network, *(t for k,v in given for t in ('--'+k.replace('_','-'),str(v))), *('--'+k.replace('_','-') for k in _flags if getattr(args,k)),
             '--method',method, '--seed',str(seed), '--out',str(folder)]
 
-# %% ../../nbs/experiments/04_train.ipynb #0000000c
+# %% ../../nbs/experiments/04_train.ipynb #00000013
 def _names(args):
     "The methods of a sweep."
     known = list(contenders())
@@ -152,7 +152,7 @@ def _tasks(args):
     "`(method, seed, folder)` of every run of a sweep, seed by seed."
     return [(n, seed, Path(args.out).expanduser()/n/f'seed-{seed}') for seed in range(args.seeds) for n in _names(args)]
 
-# %% ../../nbs/experiments/04_train.ipynb #0000000d
+# %% ../../nbs/experiments/04_train.ipynb #00000014
 def _state(folder, config):
     "'done', 'diverged' or 'open'; raises `ValueError` if the folder holds another run."
     check_folder(folder, config)
@@ -167,7 +167,7 @@ def _open_tasks(args, data):
         if names: print(f"{s} already, skipped: {', '.join(names)}" + (' (delete a folder to try again)' if s=='diverged' else ''), flush=True)
     return [t for t,s in states if s=='open']
 
-# %% ../../nbs/experiments/04_train.ipynb #0000000e
+# %% ../../nbs/experiments/04_train.ipynb #00000015
 def _one_by_one(args, tasks, data):
     "Run the tasks in this process; returns what went wrong."
     failed = []
@@ -182,28 +182,17 @@ def _one_by_one(args, tasks, data):
 def _said(r):
     return f"{r['method']} seed {r['seed']}: test accuracy {r['accuracy']:.2f} %, training loss {r['train_loss']:.4f}, {r['relative_flops']:.3f} of Baseline-Big's FLOPs, {r['seconds']['train']+r['seconds']['growth']:.0f} s"
 
-# %% ../../nbs/experiments/04_train.ipynb #0000000f
+# %% ../../nbs/experiments/04_train.ipynb #00000016
 def _start(args, task):
     "Start one run in a process of its own, its output in a file beside its folder."
     name,seed,folder = task
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix('.txt'),'w') as f:
-        return subprocess.Popen([sys.executable,'-m','gradmax_nb.experiments.train',*command_of(args,name,seed,folder)], stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-
-def _side_by_side(args, tasks):
-    "Run `args.jobs` tasks at a time; returns what went wrong."
-    waiting,running,failed = list(tasks),{},[]
-    try:
-        while waiting or running:
-            while waiting and len(running)<args.jobs: running[_start(args,waiting[0])] = waiting.pop(0)
-            for child in [c for c in running if c.poll() is not None]: failed += _ended(child, running.pop(child))
-            time.sleep(.2)
-    finally:
-        for c in running: c.terminate()
-        for c in running: c.wait()
-    return failed
+    command = [sys.executable,'-m','gradmax_nb.experiments.train',*command_of(args,name,seed,folder)]
+    with open(folder.with_suffix('.txt'),'w') as f: # its own session: Ctrl-C reaches it through us, once
+        return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
 
 def _ended(child, task):
+    "Say how a child ended; returns what went wrong."
     name,seed,folder = task
     if child.returncode==0:
         print(_said(result_of(folder)), flush=True)
@@ -212,7 +201,23 @@ def _ended(child, task):
     print(f'{name} seed {seed} failed: {last}', flush=True)
     return [f'{name} seed {seed}: {last}']
 
-# %% ../../nbs/experiments/04_train.ipynb #00000010
+# %% ../../nbs/experiments/04_train.ipynb #00000017
+def _side_by_side(args, tasks):
+    "Run `args.jobs` tasks at a time; returns what went wrong."
+    waiting,running,failed = list(tasks),{},[]
+    try:
+        while waiting or running:
+            while waiting and len(running)<args.jobs:
+                task = waiting.pop(0)
+                running[_start(args,task)] = task
+            for child in [c for c in running if c.poll() is not None]: failed += _ended(child, running.pop(child))
+            time.sleep(.2)
+    finally:
+        for c in running: c.terminate()
+        for c in running: c.wait()
+    return failed
+
+# %% ../../nbs/experiments/04_train.ipynb #00000018
 def _sweep(args):
     "All runs that are missing; then the table of all."
     data = _pictures(args)
@@ -225,12 +230,12 @@ def _sweep(args):
 
 def _report(out):
     "Print and write the table of what is there."
-    if not out.exists(): return
+    if not (out.exists() and list(out.rglob('config.json'))): return
     results = collect(out)
     write_text(out/'results.json', json.dumps(results, separators=(',',':'))+'\n')
     print('\n'+table(results).to_string(index=False)+f"\n\n{out/'results.json'}", flush=True)
 
-# %% ../../nbs/experiments/04_train.ipynb #00000011
+# %% ../../nbs/experiments/04_train.ipynb #00000019
 def train_command(
     args # Parsed arguments of `add_train_arguments`
 )->int:  # Exit code: 0 done, 130 stopped
@@ -244,7 +249,7 @@ def train_command(
         print(f"\n{str(e) or 'stopped'}; the same command goes on from there", file=sys.stderr, flush=True)
         return 130
 
-# %% ../../nbs/experiments/04_train.ipynb #00000012
+# %% ../../nbs/experiments/04_train.ipynb #0000001a
 def main(
     argv:list=None # Arguments; None takes those of the process
 )->int:            # Exit code
@@ -256,5 +261,5 @@ def main(
         print(f"gradmax train: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
-# %% ../../nbs/experiments/04_train.ipynb #00000013
+# %% ../../nbs/experiments/04_train.ipynb #00000028
 if __name__=='__main__': raise SystemExit(main())

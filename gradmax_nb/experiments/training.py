@@ -392,7 +392,17 @@ def _planned(self:Run)->tuple: # Sites that grow, plan
     plan = plan_growth(sites, full, self.recipe.growing, steps, self._flops)
     return sites,lengthened(plan,self.big_flops) if self.setup.equal_flops else plan
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000034
+# %% ../../nbs/experiments/00c_training.ipynb #00000033
+@patch
+def lap(self:Run, name:str=None):
+    "Book the time since the last lap under `name`; None just starts the clock."
+    if self.device.type=='cuda': torch.cuda.synchronize(self.device)
+    now = time.perf_counter(),time.process_time()
+    if name is not None:
+        for book,a,b in zip((self.seconds,self.cpu_seconds),self.clock,now): book[name] += b-a
+    self.clock = now
+
+# %% ../../nbs/experiments/00c_training.ipynb #00000037
 class Diverged(ValueError):
     "The training loss is not finite any more."
 
@@ -415,7 +425,7 @@ def step(self:Run, xb, yb):
     self.loss_count,self.t = self.loss_count+1,self.t+1
     if self.t%50==0: self.mean_loss()
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000035
+# %% ../../nbs/experiments/00c_training.ipynb #00000038
 @patch
 def mean_loss(self:Run)->float:
     "Mean training loss of the epoch so far; raises `Diverged` if it is not finite."
@@ -423,17 +433,7 @@ def mean_loss(self:Run)->float:
     if not math.isfinite(loss): raise Diverged(f"{self.setup.method}, seed {self.setup.seed}: the training loss is {loss} within the 50 steps before step {self.t}; lower the learning rate or the length of new neurons")
     return loss
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000003a
-@patch
-def lap(self:Run, name:str=None):
-    "Book the time since the last lap under `name`; None just starts the clock."
-    if self.device.type=='cuda': torch.cuda.synchronize(self.device)
-    now = time.perf_counter(),time.process_time()
-    if name is not None:
-        for book,a,b in zip((self.seconds,self.cpu_seconds),self.clock,now): book[name] += b-a
-    self.clock = now
-
-# %% ../../nbs/experiments/00c_training.ipynb #0000003c
+# %% ../../nbs/experiments/00c_training.ipynb #0000003d
 @contextmanager
 def single_precision():
     "No TF32: convolutions and products on a GPU keep all bits of single precision."
@@ -452,7 +452,7 @@ def outputs(
     "What the network answers, without a trace."
     with untouched(model), torch.no_grad(): return [model.train(mode)(xb) for mode in (False,True)]
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000003d
+# %% ../../nbs/experiments/00c_training.ipynb #0000003e
 def _change(before, after): return ((after-before).abs().max()/before.abs().max()).item()
 
 def _start(rec):
@@ -474,7 +474,7 @@ def newborn_gradients(
         grads = torch.autograd.grad(loss, [w for _,w,_ in parts])
     return [torch.cat([cut(g) for (j,_,cut),g in zip(parts,grads) if j==i], 1) for i in range(len(records))]
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000041
+# %% ../../nbs/experiments/00c_training.ipynb #00000042
 def firing(
     model:nn.Module, # Grown
     records:list,    # Of the growth
@@ -496,7 +496,7 @@ def firing(
         for h in handles: h.remove()
     return [seen[i]>2*lift_of(xb) for i in range(len(records))]
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000044
+# %% ../../nbs/experiments/00c_training.ipynb #00000045
 def _row(rec): return dict(site=rec.site.name, old_width=rec.old_width, new_width=rec.new_width, predicted=rec.predicted)
 
 @patch
@@ -522,7 +522,7 @@ def grow(self:Run)->dict:
     self.log['growth'].append(row)
     return row
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000045
+# %% ../../nbs/experiments/00c_training.ipynb #00000046
 @patch
 def _counted(self:Run, f, *args):
     "`f(*args)`, with its FLOPs and seconds booked as checking."
@@ -539,7 +539,7 @@ def _ready_again(self:Run):
     self._ready()
     self.loss_sum,self.loss_count = kept
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000046
+# %% ../../nbs/experiments/00c_training.ipynb #00000047
 @patch
 def _check(self:Run, row, records, batch, before):
     "What can be checked before the next step."
@@ -555,7 +555,7 @@ def _check(self:Run, row, records, batch, before):
         if exact and not s['error']<1e-3: raise ValueError(f"{where}: the gradient norm is {s['measured']:.6g}, predicted was {s['predicted']:.6g}")
     self.pending = row,records,batch[0]
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000047
+# %% ../../nbs/experiments/00c_training.ipynb #00000048
 @patch
 def _check_alive(self:Run):
     "What can be checked after the step that follows a growth."
@@ -568,7 +568,7 @@ def _check_alive(self:Run):
         s['moved'],s['fires'] = int(moved.sum()),int(f.sum())
         if not moved.all(): raise ValueError(f"{self.setup.method}, step {self.t}, `{s['site']}`: {int((~moved).sum())} new neurons have not moved in the first step")
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000049
+# %% ../../nbs/experiments/00c_training.ipynb #0000004a
 class Stopped(Exception):
     "The run was asked to stop, and can go on from its checkpoint."
 
@@ -578,7 +578,7 @@ class Silent:
     def growth(self, run, row): pass
     def epoch(self, run, row): pass
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000004a
+# %% ../../nbs/experiments/00c_training.ipynb #0000004b
 @patch
 def _after_step(self:Run, watch):
     if self.pending is not None: self._check_alive()
@@ -598,7 +598,7 @@ def _epoch(self:Run, watch):
         self.step(xb, yb)
         self._after_step(watch)
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000004b
+# %% ../../nbs/experiments/00c_training.ipynb #0000004c
 @patch
 def evaluate(self:Run)->tuple: # Mean loss, percentage of right answers
     "Loss and accuracy on the test pictures."
@@ -611,7 +611,7 @@ def evaluate(self:Run)->tuple: # Mean loss, percentage of right answers
     self.model.train()
     return loss.item()/n, 100*right.item()/n
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000004c
+# %% ../../nbs/experiments/00c_training.ipynb #0000004d
 @patch
 def flops(self:Run)->int:
     "Training FLOPs so far, with those of growing, without those of checking."
@@ -631,7 +631,7 @@ def _close_epoch(self:Run)->dict:
     self._write_log()
     return row
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000004e
+# %% ../../nbs/experiments/00c_training.ipynb #0000004f
 @patch
 def _write_log(self:Run):
     if self.folder is not None: write_text(self.folder/'log.json', json.dumps(self.log)+'\n')
@@ -648,7 +648,7 @@ def save(self:Run):
     self.saved = time.monotonic()
     self.lap()
 
-# %% ../../nbs/experiments/00c_training.ipynb #0000004f
+# %% ../../nbs/experiments/00c_training.ipynb #00000050
 def check_folder(
     folder:Path,  # Of a run, perhaps not there yet
     config:dict   # What is asked now
@@ -665,7 +665,7 @@ def check_folder(
 def _refuse(wrong, place):
     if wrong: raise ValueError(f"{place} holds another run: {'; '.join(wrong)}. Ask for the same, or choose another folder")
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000050
+# %% ../../nbs/experiments/00c_training.ipynb #00000051
 @patch
 def _restore(self:Run):
     "Go on from the checkpoint, if there is one."
@@ -680,7 +680,7 @@ def _restore(self:Run):
     if found['scaler']: self.scaler.load_state_dict(found['scaler'])
     restore_rng(found['rng'])
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000051
+# %% ../../nbs/experiments/00c_training.ipynb #00000052
 def result_of(
     folder # Of a run
 )->dict:   # Or None if it is not finished
@@ -699,7 +699,7 @@ def _begin(self:Run):
     self.saved = time.monotonic()
     self.lap()
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000052
+# %% ../../nbs/experiments/00c_training.ipynb #00000053
 @contextmanager
 def _locked(folder):
     "Keep other processes out of a run's folder, where the system can; the lock goes with the process."
@@ -713,7 +713,7 @@ def _locked(folder):
         except BlockingIOError: raise ValueError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
         yield
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000053
+# %% ../../nbs/experiments/00c_training.ipynb #00000054
 @patch
 def fit(self:Run, watch=None)->dict: # The result
     "Train to the end, from the start or from the checkpoint; raises `Stopped` or `Diverged`."
@@ -731,7 +731,7 @@ def fit(self:Run, watch=None)->dict: # The result
         self.save()
         return self._finish()
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000054
+# %% ../../nbs/experiments/00c_training.ipynb #00000055
 @patch
 def _finish(self:Run)->dict:
     "Write the result."
@@ -745,7 +745,7 @@ def _finish(self:Run)->dict:
     if self.folder is not None: write_text(self.folder/'result.json', json.dumps(out,indent=1)+'\n')
     return out
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000074
+# %% ../../nbs/experiments/00c_training.ipynb #00000075
 @contextmanager
 def stoppable(
     run:Run # That is about to be fitted
@@ -762,7 +762,7 @@ def stoppable(
     finally:
         for s,h in before.items(): signal.signal(s,h)
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000085
+# %% ../../nbs/experiments/00c_training.ipynb #00000086
 def _time(seconds):
     m,s = divmod(int(seconds),60)
     return f'{m//60}:{m%60:02}:{s:02}' if m>=60 else f'{m}:{s:02}'
@@ -773,7 +773,7 @@ def share(self:Run)->float:
     if not self.sites: return 1. if self.contender.big else self.recipe.seed_width
     return sum(s.width for s in self.sites)/sum(self.full.values())
 
-# %% ../../nbs/experiments/00c_training.ipynb #00000086
+# %% ../../nbs/experiments/00c_training.ipynb #00000087
 class Progress(Silent):
     "A bar, or lines where there is no terminal."
     def __init__(self, lines:bool=None): # True: lines; None: find out
