@@ -566,7 +566,7 @@ def _check_alive(self:Run):
     for s,r,f in zip(row['sites'],records,fires):
         moved = torch.cat([cut(c.weight.detach()) for c,cut in _start(r)],1).norm(dim=1)>0
         s['moved'],s['fires'] = int(moved.sum()),int(f.sum())
-        if not moved.all(): raise ValueError(f"{self.setup.method}, step {self.t}, `{s['site']}`: {int((~moved).sum())} new neurons have not moved in the first step")
+        if not moved.any(): raise ValueError(f"{self.setup.method}, step {self.t}, `{s['site']}`: no new neuron has moved in the first step, so they are not being trained")
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000004a
 class Stopped(Exception):
