@@ -13,7 +13,7 @@ from .training import Recipe
 from .zoo import vgg11, wide_resnet
 from ..methods import FixedLength
 
-# %% ../../nbs/experiments/02_cifar.ipynb #00000005
+# %% ../../nbs/experiments/02_cifar.ipynb #00000006
 def _between(norm): return nn.BatchNorm2d if norm else None
 
 def _wrn(width, classes, norm): return wide_resnet(width, classes, _between(norm))
@@ -28,7 +28,7 @@ def vgg_recipe()->Recipe:
     "VGG-11 as in the paper: half the learning rate, no weight decay, new vectors of length 0.5."
     return Recipe('vgg', _vgg, lr=.05, weight_decay=0., length=FixedLength(.5))
 
-# %% ../../nbs/experiments/02_cifar.ipynb #0000000e
+# %% ../../nbs/experiments/02_cifar.ipynb #0000000f
 def paper_table1()->dict: # (data, network) -> {method: (mean, standard deviation)}
     "Table 1 of the GradMax paper."
     names = 'Baseline-Small','Baseline-Big','Random','Firefly','GradMax'
@@ -42,7 +42,7 @@ def paper_table2()->dict: # True with BatchNorm between the pair -> {method: (me
     rows = {False:((89.9,.3),(92.9,.2),(90.6,.2),(90.8,.3),(91.1,.1),(92.1,.2),(92.2,.2),(92.4,.1)), True:((90.2,.3),(93.4,.1),(92.9,.1),(92.9,.1),(93.0,.1),(92.8,.1),(92.8,.2),(92.9,.2))}
     return {k:dict(zip(names,v)) for k,v in rows.items()}
 
-# %% ../../nbs/experiments/02_cifar.ipynb #00000013
+# %% ../../nbs/experiments/02_cifar.ipynb #00000014
 def beside_paper(
     results:dict # From `collect`
 ):               # pandas `DataFrame`, or None if the paper has no such row
@@ -53,7 +53,7 @@ def beside_paper(
     ours = table(results)
     return ours.assign(paper=[f'{row[m][0]} ± {row[m][1]}' if m in row else '' for m in ours['method']])
 
-# %% ../../nbs/experiments/02_cifar.ipynb #0000001a
+# %% ../../nbs/experiments/02_cifar.ipynb #0000001b
 def cost_table(
     results:dict # From `collect`
 ):               # pandas `DataFrame`

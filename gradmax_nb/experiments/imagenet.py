@@ -10,7 +10,7 @@ from torch import nn
 from .training import Drops, Growing, Recipe
 from .zoo import mobilenet
 
-# %% ../../nbs/experiments/03_imagenet.ipynb #00000005
+# %% ../../nbs/experiments/03_imagenet.ipynb #00000006
 def _mobilenet(width, classes, norm): return mobilenet(width, classes, nn.BatchNorm2d if norm else None)
 
 def mobilenet_recipe()->Recipe:

@@ -97,7 +97,8 @@ def table(
         if done: out.append(_line(method, norm, pd.DataFrame(done), len(runs)-len(done)))
         else: out.append(dict(method=method, norm=norm, runs=0, diverged=len(runs), order=-1.))
     out = pd.DataFrame(out, columns=['method','norm','runs','diverged','test accuracy, %','training loss','FLOPs','hours','order'])
-    return out.sort_values('order', ascending=False, ignore_index=True).drop(columns='order').fillna('')
+    out = out.sort_values('order', ascending=False, ignore_index=True).drop(columns='order')
+    return out.astype(object).where(out.notna(), '')
 
 # %% ../../nbs/experiments/00d_results.ipynb #00000014
 def _mean_curve(runs, key):
