@@ -58,7 +58,7 @@ class MovingFigure:
                   f'aria-valuetext="{now}" style="flex:1 1 8em;max-width:22em" oninput="{escape(_script)}">')
         imgs = ''.join(_img(f,l,self.alt,i==self.start) for i,(f,l) in enumerate(zip(self.frames,self.labels)))
         return (f'<figure class="moving" style="margin:0"><div style="display:flex;flex-wrap:wrap;gap:.3em .8em;align-items:center;margin-bottom:.4em">'
-                f'<span>{escape(self.name)}</span>{slider}<output>{now}</output></div>{imgs}</figure>')
+                f'<span>{escape(self.name)}</span><output style="min-width:3em">{now}</output>{slider}</div>{imgs}</figure>')
 
 # %% ../nbs/08b_moving.ipynb #0000000d
 def moving_figure(
