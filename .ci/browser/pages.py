@@ -111,6 +111,7 @@ def main():
                 driver.execute_script(axe)
                 problems += [*moved, *driver.execute_async_script(CHECK)]
                 found += [f'{name} ({mode}): {o}' for o in problems]
+            print(f'{mode}: {len(pages)} pages seen', flush=True)
         set_mode(driver, *MODES['light'])
         for query, expected in SEARCHES.items(): found += search(driver, folder, query, expected)
     for o in found: print(o)
