@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'LARGE', 'COLOURED', 'NOTEBOOK', 'White', 'Coloured', 'Setting', 'Task', 'Students', 'newborn', 'Now',
            'propose', 'step_flops', 'Contender', 'contenders', 'variations', 'Course', 'travel', 'events_of',
            'growth_flops', 'all_courses', 'Study', 'restarts', 'extended', 'run_setting', 'run_study', 'ratios',
-           'table', 'plot_norms', 'plot_ratio', 'plot_gaps', 'plot_learning', 'plot_cost', 'write_figures',
-           'add_study_arguments', 'study_command']
+           'table', 'plot_norms', 'plot_ratio', 'plot_gaps', 'plot_learning', 'plot_cost', 'write_figures', 'journey',
+           'draw_journeys', 'explore', 'add_study_arguments', 'study_command']
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000002
 import json
@@ -844,6 +844,60 @@ def write_figures(
     return out
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #0000006c
+def journey(
+    task:Task,           # What to learn
+    contender:Contender, # How
+    every:int=100        # Steps between two looks
+)->list:                 # Rows with `step`, `width`, `loss`, `sigma`
+    "One student on its way."
+    s,due,g,out = task.setting,events_of(task.setting, contender),torch.Generator().manual_seed(task.teacher),[]
+    c = Course(task, newborn(s, 1, s.width if contender.big else s.seed))
+    for t in range(0, s.steps+1, every):
+        for d in due:
+            if t-every<d<=t: c.train(d).grow(contender.method, (s.width-s.seed)//len(due), g, contender.slower)
+        now = Now(c.train(t).students, task.x, task.y, g)
+        out.append(dict(step=t, width=c.students.width, loss=c.students.loss(task.x,task.y).item(), sigma=torch.linalg.svdvals(now.M[0]).tolist()))
+    return out
+
+# %% ../../nbs/experiments/01_teacher_student.ipynb #0000006e
+def draw_journeys(
+    journeys:dict, # Name -> rows of `journey`
+    i:int          # Which look
+):                 # A matplotlib `Figure`
+    "Loss so far and singular values now."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(7.6,2.9), dpi=80, layout='constrained')
+    left,right = fig.subplots(1, 2)
+    _axes(left, f"Loss after {next(iter(journeys.values()))[i]['step']} steps", 'training step', 'training loss')
+    _axes(right, 'What growing now could gain', 'rank', 'singular value')
+    for (n,rows),colour in zip(journeys.items(), ('#0072B2','#D55E00')):
+        left.plot([r['step'] for r in rows], [r['loss'] for r in rows], color=colour, alpha=.25)
+        left.plot([r['step'] for r in rows[:i+1]], [r['loss'] for r in rows[:i+1]], 'o-', ms=3, color=colour, label=f"{n}: {rows[i]['width']} neurons")
+        right.plot(range(1,1+len(rows[i]['sigma'])), rows[i]['sigma'], 'o-', ms=4, color=colour)
+    left.set_yscale('log')
+    left.legend(frameon=False, fontsize='small')
+    tops = [v for rows in journeys.values() for r in rows for v in r['sigma']]
+    right.set(yscale='log', ylim=(max(tops)*1e-4, max(tops)*2))
+    return fig
+
+# %% ../../nbs/experiments/01_teacher_student.ipynb #0000006f
+def explore(
+    setting:Setting=SMALL, # Which task
+    teacher:int=0          # Which teacher
+):                         # The widget
+    "Choose two methods and move through the training; needs a live kernel."
+    from IPython.display import display
+    from ipywidgets import Dropdown, IntSlider, interact
+    task,known,seen = Task(setting,teacher),contenders(setting),{}
+    def show(first, second, look):
+        for n in (first,second):
+            if n not in seen: seen[n] = journey(task, known[n])
+        display(draw_journeys({n:seen[n] for n in (first,second)}, look))
+    return interact(show, first=Dropdown(options=list(known), value='GradMax'), second=Dropdown(options=list(known), value='MirrorGradMax, ascent'),
+                    look=IntSlider(setting.steps//100, 0, setting.steps//100, continuous_update=False))
+
+# %% ../../nbs/experiments/01_teacher_student.ipynb #00000073
+_few = ('Baseline-Small','Random','GradMax','GradMax, lookahead','BoundMax','Baseline-Big')
 _settings = {s.name:s for s in (SMALL,LARGE,COLOURED,NOTEBOOK)}
 
 def add_study_arguments(
@@ -856,17 +910,18 @@ def add_study_arguments(
     p.add_argument('--seeds', type=int, default=10, metavar='N', help='students per teacher and method (%(default)s)')
     p.add_argument('--first-teacher', type=int, default=0, metavar='N', help='number of the first teacher (%(default)s)')
     p.add_argument('--processes', type=int, metavar='N', help='worker processes (one per core)')
-    p.add_argument('--quick', action='store_true', help='two teachers, three seeds, the small task: does everything work?')
+    p.add_argument('--quick', action='store_true', help='the small task with few methods, teachers and seeds: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse settings finished before')
 
-# %% ../../nbs/experiments/01_teacher_student.ipynb #0000006d
+# %% ../../nbs/experiments/01_teacher_student.ipynb #00000074
 def study_command(
     args # Parsed options
 )->int:  # Exit code
     "`gradmax teacher-student`"
     names = ['small'] if args.quick else [n.strip() for n in args.settings.split(',') if n.strip()]
     if wrong := [n for n in names if n not in _settings]: raise ValueError(f"--settings {args.settings}: there is no task {wrong[0]!r}; choose from {', '.join(_settings)}")
-    study = Study(tuple(_settings[n] for n in names), 2 if args.quick else args.teachers, 3 if args.quick else args.seeds, args.first_teacher)
+    size = (2,3) if args.quick else (args.teachers,args.seeds)
+    study = Study(tuple(_settings[n] for n in names), *size, args.first_teacher, _few if args.quick else None)
     results = run_study(study, Path(args.out)/'results.json', args.fresh, args.processes or (1 if args.quick else os.cpu_count()))
     for n,r in results['settings'].items(): print(f"\n{n}: {r['facts']['teachers']} teachers, {r['facts']['seeds']} seeds each\n{table(r).to_string()}")
     for path in [Path(args.out)/'results.json', *write_figures(results, args.out)]: print(path)
