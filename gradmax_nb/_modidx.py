@@ -203,6 +203,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'gradmax_nb/dashboard.py'),
                                       'gradmax_nb.dashboard._Ledger.entry': ('dashboard.html#_ledger.entry', 'gradmax_nb/dashboard.py'),
                                       'gradmax_nb.dashboard._Ledger.may': ('dashboard.html#_ledger.may', 'gradmax_nb/dashboard.py'),
+                                      'gradmax_nb.dashboard._Ledger.may_write': ( 'dashboard.html#_ledger.may_write',
+                                                                                  'gradmax_nb/dashboard.py'),
                                       'gradmax_nb.dashboard._Ledger.trained': ('dashboard.html#_ledger.trained', 'gradmax_nb/dashboard.py'),
                                       'gradmax_nb.dashboard._Panel': ('dashboard.html#_panel', 'gradmax_nb/dashboard.py'),
                                       'gradmax_nb.dashboard._Panel.__init__': ('dashboard.html#_panel.__init__', 'gradmax_nb/dashboard.py'),

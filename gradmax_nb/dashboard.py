@@ -84,7 +84,8 @@ class _Ledger:
         self.began = clock()
 
     def trained(self): return self.clock()-self.began-self.idle
-    def may(self): return self.spent+self.last <= self.share*self.trained()
+    def may(self, pictures=1): return self.pictures==0 or self.spent+(pictures+3)*self.last <= self.share*self.trained()
+    def may_write(self): return self.spent <= self.share*self.trained()
 
     @contextmanager
     def entry(self, picture=False):
@@ -163,7 +164,7 @@ class GrowthDashboard(Callback):
         k:int=1,             # Neurons that a growth by hand adds, until changed
         budget:float=None,   # Planned training FLOPs; None: what the running fit costs if nothing grows any more
         batch=TrainBatches(),# Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
-        share:float=.01,     # Largest share of the training time that goes into drawing
+        share:float=.015,    # Largest share of the training time that goes into drawing
         on:bool=None         # Record and draw; None: only where a Jupyter kernel runs
     ):
         self.methods = list(methods or (BoundMax(),GradMax(),MirrorGradMax(),RandomGrowth()))
@@ -171,7 +172,7 @@ class GrowthDashboard(Callback):
         self.paused,self.message,self.queue = False,'',deque()
         self.hand = _ByHand(self.methods[0], k, batch, self._tell)
         self.curve,self.spent,self.seeds,self.planned = _Curve(),[],{},None
-        self._stopping,self._cost,self._counted,self._known,self._shown = False,0.,None,0,0.
+        self._stopping,self._cost,self._counted,self._known,self._shown,self._stale = False,0.,None,0,0.,True
         self._panel,self._handle,self._thread,self._error = None,None,None,None
         self.ledger = _Ledger(share)
         learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (GrowthDashboard,_ByHand))])
@@ -246,23 +247,23 @@ def before_fit(self:GrowthDashboard):
     "Begin to watch."
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     if not self.run: return
-    self.paused,self._stopping,self.ledger,self._shown = False,False,_Ledger(self.share),0.
+    self.paused,self._stopping,self.ledger,self._shown,self._stale = False,False,_Ledger(self.share),0.,True
     self.queue.clear()
-    if self.on and self._panel is None: self._open()
+    with self.ledger.entry():
+        if self.on and self._panel is None: self._open()
 
 # %% ../nbs/08a_dashboard.ipynb #00000024
 @patch
 def after_batch(self:GrowthDashboard):
     "Record, obey, wait while paused, draw if it is time."
     if self.on and self.training: self._record()
-    grown = self._grown()
+    self._stale |= self._grown()
     while True:
         asked = self._obey()
         if self.training and self.hand._stepped and self.hand.when.requests: self.hand._event()
-        if self.on and (asked or grown or self._grown()): self._draw(everything=True)
+        if self.on and (self._grown() or asked): self._draw(everything=True)
         if self._stopping or not self.paused: break
         self.ledger.idle += _sleep()
-        grown = False
     if self._stopping and (not self.training or self.hand._stepped): raise CancelFitException
     if self.on: self._tick()
 
@@ -336,6 +337,7 @@ def _draw(self:GrowthDashboard, everything=False):
         with self.ledger.entry(picture=True): panel.show(_state(self), _loss_picture(self))
         if everything:
             with self.ledger.entry(): panel.show(_state(self), rest=_rest_picture(self))
+            self._stale = False
     except Exception as e:
         self._panel = None
         warnings.warn(f"the dashboard has stopped drawing: {type(e).__name__}: {e}; the training goes on")
@@ -344,8 +346,8 @@ def _draw(self:GrowthDashboard, everything=False):
 def _tick(self:GrowthDashboard):
     "A picture if the ledger allows one, else the text twice a second."
     if self._panel is None: return
-    if self.ledger.may(): self._draw(everything=not self._panel.rest.value)
-    elif self.ledger.clock()-self._shown>.5:
+    if self.ledger.may(3 if self._stale else 1): self._draw(everything=self._stale and self.ledger.pictures>0)
+    elif self.ledger.clock()-self._shown>.5 and self.ledger.may_write():
         with self.ledger.entry(): self._panel.show(_state(self))
     else: return
     self._shown = self.ledger.clock()
@@ -390,7 +392,8 @@ def after_fit(self:GrowthDashboard):
     except ImportError: return
     if get_ipython() is None: return
     from IPython.display import Image, display
-    picture,handle = Image(data=_png(self.figure()), format='png', alt='Loss, widths, spectra and compute of the training'),self._handle
+    with self.ledger.entry(): picture = Image(data=_png(self.figure()), format='png', alt='Loss, widths, spectra and compute of the training')
+    handle = self._handle
     self._panel,self._handle = None,None
     if handle is None: display(picture)
     else: handle.update(picture)
