@@ -249,8 +249,8 @@ def before_fit(self:GrowthDashboard):
     if not self.run: return
     self.paused,self._stopping,self.ledger,self._shown,self._stale = False,False,_Ledger(self.share),0.,True
     self.queue.clear()
-    with self.ledger.entry():
-        if self.on and self._panel is None: self._open()
+    if self.on and self._panel is None:
+        with self.ledger.entry(): self._open()
 
 # %% ../nbs/08a_dashboard.ipynb #00000024
 @patch
