@@ -14,6 +14,7 @@ import warnings
 from base64 import b64decode
 from functools import partial
 from importlib import import_module
+from operator import attrgetter
 from io import StringIO
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def process(path):
     nb = read_nb(path)
     for c in nb.cells:  # exported definitions are shown, folded, below their signature
         if re.search(r'^(def|class) ', c.source, re.M): c.set_source(re.sub(r'^#\| *export *$', '#| exports', c.source, flags=re.M))
+    exported = re.search(r'^#\| *default_exp +(\S+)', '\n'.join(c.source for c in nb.cells), re.M)
+    Entry.module = import_module(f'gradmax_nb.{exported[1]}') if exported else None
     try: Filter()(nb)
     except Exception as e: sys.exit(f'{path.relative_to(ROOT)}: {e}')
     return nb
@@ -61,8 +64,11 @@ def process(path):
 
 class Entry(nbdev.showdoc.BasicMarkdownRenderer):
     "What `show_doc` shows of an exported name: link to the source, signature, docstring, table of parameters"
+    module = None  # exported by the page that is processed; its cells define the same names anew
     def _repr_markdown_(self):
-        where = source_of(self.fn)
+        try: self.sym = attrgetter(self.nm)(self.module)
+        except AttributeError: pass
+        where = source_of(self.sym)
         link = f'[source](/source/{where}.html#{self.nm})\n\n' if where else ''
         return f"{link}{'#'*self.title_level} {self.nm}\n\n```python\n{signature(self.sym, self.nm)}\n```\n\n*{inspect.getdoc(self.sym) or ''}*\n\n{table(self.sym, self.nm)}"
 
@@ -270,7 +276,7 @@ def definitions(text):
             yield from (f'{node.name}.{f.name}' for f in node.body if isinstance(f, ast.FunctionDef))
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.args.args[0].annotation if node.args.args else None
-            patched = any('patch' in ast.unparse(d) for d in node.decorator_list)
+            patched = any(ast.unparse(d).startswith('patch') for d in node.decorator_list)
             for c in ([o.strip() for o in ast.unparse(first).split('|')] if patched and first is not None else ['']): yield f'{c}.{node.name}'.lstrip('.')
 
 
