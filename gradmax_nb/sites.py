@@ -236,8 +236,8 @@ def _has_channels(m): return isinstance(m, (_BatchNorm,_InstanceNorm)) or _depth
 def _position(o):
     "Axis and spread of the channels behind operation `o`."
     if isinstance(o.layer, (_BatchNorm,_InstanceNorm)) or _prelu(o.layer): return _norm(o)
-    if _depthwise(o.layer) or _taught(o.layer): return _spatial(o)
-    if _is_pointwise(o) or _is_dropout(o): return (lambda s: (s.axis,s.spread))(_one_spot(o))
+    if _depthwise(o.layer): return _spatial(o)
+    if _is_pointwise(o) or _is_dropout(o) or _taught(o.layer): return (lambda s: (s.axis,s.spread))(_one_spot(o))
     if o.what in _reshapes: return _reshape(o)
     if o.what in _rules: return _rules[o.what](o)
     if (o.layer is not None and type(o.layer) in _spatial_layers) or o.what in _spatial_functions: return _spatial(o)
