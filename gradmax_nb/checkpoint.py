@@ -143,7 +143,8 @@ def _fits(v, form):
 
 # %% ../nbs/07_checkpoint.ipynb #0000002a
 _none = type(None)
-_model_form = {'kind': str, 'layers': {str: str}, 'parameters': [str], 'features': {str: int}, 'lifts': {str: [{'start': int, 'value': float}]}}
+_lift_form = {str: [{'start': int, 'value': float}]}
+_model_form = {'kind': str, 'layers': {str: str}, 'parameters': [str], 'features': {str: int}, 'lifts': _lift_form, 'removals': _lift_form}
 _slow_form = {'count': int, 'k': int, 'alpha': (int, float), 'weights': (_none, {str: Tensor})}
 _opt_form = {'kinds': [str], 'groups': [{'params': [str], 'hypers': {str: object}}], 'states': [{str: dict}], 'slow': [_slow_form]}
 _form = {'format': int, 'model': _model_form, 'optimizer': (_none, [_opt_form]), 'extra': object,
@@ -157,12 +158,17 @@ def _read(path):
     except Exception as e: raise ValueError(f'`{path}` has a header that `save_grown` cannot have written: {type(e).__name__} {_printable(e)}') from e
     version = body.get('format') if isinstance(body, dict) else None
     if type(version) is int and version > 1: raise ValueError(f'`{path}` has format {version}, this version of gradmax_nb reads format 1: update gradmax_nb')
+    if version == 1 and isinstance(body.get('model'), dict): body['model'].setdefault('removals', {}) # older files have none
     if version != 1 or not _fits(body, _form) or not all(n.startswith('model/') for n in tensors):
         raise ValueError(f'`{path}` has a header that `save_grown` cannot have written: its entries have the wrong form')
     return body, {n[len('model/'):]: t for n,t in tensors.items()}
 
 # %% ../nbs/07_checkpoint.ipynb #00000030
-def _lifts(m): return {key: h for key,h in m._forward_hooks.items() if isinstance(h, Lift)}
+def _lifts(hooks): return {key: h for key,h in hooks.items() if isinstance(h, Lift)}
+
+def _lift_facts(named, hooks_of):
+    found = {n: _lifts(hooks_of(m)).values() for n,m in named.items()}
+    return {n: [{'start': int(h.start), 'value': float(h.value)} for h in hooks] for n,hooks in found.items() if hooks}
 
 def _is_bare_norm(m): return type(getattr(m, 'num_features', None)) is int and not any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
 
@@ -172,7 +178,7 @@ def _model_facts(model):
     return {'kind': type(model).__name__, 'parameters': [n for n,_ in model.named_parameters()],
             'layers': {n: type(m).__name__ for n,m in named.items() if any(p is not None for p in m._parameters.values())},
             'features': {n: m.num_features for n,m in named.items() if _is_bare_norm(m)},
-            'lifts': {n: [{'start': int(h.start), 'value': float(h.value)} for h in _lifts(m).values()] for n,m in named.items() if _lifts(m)}}
+            'lifts': _lift_facts(named, lambda m: m._forward_hooks), 'removals': _lift_facts(named, lambda m: m._forward_pre_hooks)}
 
 # %% ../nbs/07_checkpoint.ipynb #00000033
 def _check_tensors(path, model, tensors):
@@ -224,11 +230,15 @@ def _load_facts(path, model, facts):
     for n,size in facts['features'].items():
         if n not in named or not _is_bare_norm(named[n]) or size < named[n].num_features: raise ValueError(f'`{path}` says that `{_printable(n)}` is a norm of {size} channels, which does not fit this model')
         named[n].num_features = size
+    _load_lifts(path, named, facts['lifts'], lambda m: m._forward_hooks, nn.Module.register_forward_hook)
+    _load_lifts(path, named, facts['removals'], lambda m: m._forward_pre_hooks, nn.Module.register_forward_pre_hook)
+
+def _load_lifts(path, named, wanted, hooks_of, register):
     for m in named.values():
-        for key in _lifts(m): del m._forward_hooks[key]
-    for n,lifts in facts['lifts'].items():
+        for key in _lifts(hooks_of(m)): del hooks_of(m)[key]
+    for n,lifts in wanted.items():
         if n not in named or any(not 0 <= o['start'] < 2**31 or not math.isfinite(o['value']) for o in lifts): raise ValueError(f'`{path}` holds a lift for `{_printable(n)}`, which does not fit this model')
-        for o in lifts: named[n].register_forward_hook(Lift(o['start'], o['value']))
+        for o in lifts: register(named[n], Lift(o['start'], o['value']))
 
 # %% ../nbs/07_checkpoint.ipynb #0000003a
 def _kind(o):

@@ -38,12 +38,17 @@ class Growth:
     def __repr__(self): return f"Growth({self.site.name}: {self.old_width} -> {self.new_width}, {self.method}, predicted={self.predicted:.4g})"
 
 # %% ../nbs/04_growth.ipynb #0000000e
+def _constants(m, k, buds):
+    "What each reader sees of `k` neurons with zero incoming weights."
+    return run_path(m.site, _base(m, m.batches[0].x.new_zeros(_z_shape(m, m.batches[0].x[:2], k))), buds, m.point.lifts)
+
+def _is_hair(a): return a.abs().max() <= 500*torch.finfo(a.dtype).eps # zero, or a hair above
+
 def _shift(m, V, j, buds):
     "What reader `j`'s bias must take up, `(d_out,)`, or None; raises `ValueError` where no bias can."
     c,name = m.site.consumers[j],m.site.readers[j].name
-    z = _base(m, m.batches[0].x.new_zeros(_z_shape(m, m.batches[0].x[:2], len(V))))
-    a = run_path(m.site, z, buds, m.point.lifts)[j]
-    if a.abs().max() <= 500*torch.finfo(a.dtype).eps: return None # zero, or a hair above
+    a = _constants(m, len(V), buds)[j]
+    if _is_hair(a): return None
     out = apply_layer(c, _pad(c,a), outgoing_weights(m,V)[j])
     out = (out.transpose(0,1) if not isinstance(c,nn.Linear) else out.movedim(-1,0)).flatten(1)
     spread = (out.max(1).values-out.min(1).values).max()
@@ -57,12 +62,32 @@ def _new_neurons(m, p):
     k,weights = len(p.incoming),tuple(outgoing_weights(m,p.outgoing))
     if p.mirror:
         buds = settle(m, p.incoming, make_buds(m.site,k))
-        return NewNeurons(incoming_weight(m,p.incoming), weights, buds=buds),{}
+        return NewNeurons(incoming_weight(m,p.incoming), weights, buds=buds),{},{}
     buds = zero_buds(m.site, k, m.point)
     shifts = tuple(_shift(m,p.outgoing,j,buds) for j in range(len(weights)))
     _check_norms(m)
     bias = None if m.site.producer.bias is None else m.weight.new_full((k,), m.point.bias)
-    return NewNeurons(incoming_weight(m,p.incoming), weights, bias, buds, shifts),m.point.lifts
+    return NewNeurons(incoming_weight(m,p.incoming), weights, bias, buds, shifts),m.point.lifts,_removals(m, k, buds)
+
+# %% ../nbs/04_growth.ipynb #0000008f
+def _silent(c, x):
+    "Where reader `c` sees zeros only, shaped like one channel of its output."
+    if isinstance(c, nn.Linear): return x.abs().amax(-1,keepdim=True)==0
+    return apply_layer(c, _pad(c,x.abs().amax(1,keepdim=True)), c.weight.new_ones(1,1,*c.kernel_size))==0
+
+def _ties(m, j):
+    "Whether reader `j` answers somewhere with an exact zero that passes no gradient."
+    c = m.consumers[j]
+    if c.bias is not None and c.bias.all(): return False
+    return any((_silent(c,b.inputs[j]) & (b.deltas[j]==0)).any() for b in m.batches)
+
+# %% ../nbs/04_growth.ipynb #00000090
+def _removals(m, k, buds):
+    "Reader name -> what is to be added to its new inputs, so that a hair decides no tie."
+    out = {}
+    for j,(r,a) in enumerate(zip(m.site.readers, _constants(m, k, buds))):
+        if a.any() and _is_hair(a) and a.min()==a.max() and _ties(m,j): out[r.name] = -a.max().item()
+    return out
 
 # %% ../nbs/04_growth.ipynb #00000011
 def _check_norms(m):
@@ -73,11 +98,15 @@ def _check_norms(m):
         if stuck: raise ValueError(f"`{name}` is frozen while it normalises by batch statistics, so the new channels of `{m.site.name}` would stay at a scale of sqrt(eps); unfreeze it, put it in evaluation mode, or use a mirror method (zero outgoing weights)")
 
 # %% ../nbs/04_growth.ipynb #00000013
-def _attach_lifts(site, lifts, old_width):
-    "Hooks that keep new neurons above zero behind layers without a bias; a hook of an earlier growth covers later ones."
+def _lifted(hooks): return any(isinstance(h,Lift) for h in hooks.values())
+
+def _attach_lifts(site, lifts, removals, old_width):
+    "Hooks that keep new neurons above zero, and those that take this away in front of readers; a hook of an earlier growth covers later ones."
     for name,value in lifts.items():
         layer = site.model.get_submodule(name)
-        if not any(isinstance(h,Lift) for h in layer._forward_hooks.values()): layer.register_forward_hook(Lift(old_width,value))
+        if not _lifted(layer._forward_hooks): layer.register_forward_hook(Lift(old_width,value))
+    for r,c in zip(site.readers,site.consumers):
+        if r.name in removals and not _lifted(c._forward_pre_hooks): c.register_forward_pre_hook(Lift(old_width*r.spread,removals[r.name]))
 
 # %% ../nbs/04_growth.ipynb #00000015
 def _request(model, site, k):
@@ -159,7 +188,7 @@ def grow(
     with _full_precision(model):
         ms = measure(model, sites, batch, loss_func, lr=max(learning_rates(opt)) if opt is not None else None)
         with untouched(model): plans = [_plan(m, n, method) for m,n in zip(ms,ks)]
-    records = [_record(m, p, method) for m,(p,_,_) in zip(ms,plans)]
+    records = [_record(m, p, method) for m,(p,*_) in zip(ms,plans)]
     return _apply(model, opt, sites, plans, records if isinstance(site, (list,tuple)) else records[0])
 
 # %% ../nbs/04_growth.ipynb #0000001d
@@ -167,10 +196,10 @@ def _apply(model, opt, sites, plans, result):
     "Carry out the plans, under guards; returns `result`."
     with surgery_guard(model), optimizer_guard(opt):
         swaps = []
-        for s,(_,new,lifts) in zip(sites,plans):
+        for s,(_,new,*hooks) in zip(sites,plans):
             width = s.width
             swaps += widen(s, new)
-            _attach_lifts(s, lifts, width)
+            _attach_lifts(s, *hooks, width)
         rebind(opt, _composed(swaps))
         return result
 

@@ -199,17 +199,18 @@ def lift_of(
 
 # %% ../nbs/03a_measure.ipynb #00000040
 class Lift:
-    "Forward hook that adds a constant to channels `start` and later; for layers without a bias."
+    "Hook that adds a constant to channels `start` and later: of a layer's output as a forward hook, of its input as a forward pre-hook."
     def __init__(self,
         start:int,  # First channel that is lifted
         value:float # What is added
     ):
         self.start,self.value = start,value
-    def __call__(self, module, args, out):
-        axis = 1 if isinstance(module, (_ConvNd,_NormBase)) else out.dim()-1
-        v = out.new_zeros(out.shape[axis])
+    def __call__(self, module, args, out=None):
+        x = args[0] if out is None else out
+        axis = 1 if isinstance(module, (_ConvNd,_NormBase)) else x.dim()-1
+        v = x.new_zeros(x.shape[axis])
         v[self.start:] = self.value
-        return out + v.view(*(-1 if i==axis else 1 for i in range(out.dim())))
+        return x + v.view(*(-1 if i==axis else 1 for i in range(x.dim())))
 
 # %% ../nbs/03a_measure.ipynb #0000004c
 @dataclass
