@@ -8,7 +8,7 @@ __all__ = ['apply_layer', 'weight_gradient', 'input_gradient', 'Captured', 'reco
            'outgoing_weights', 'outgoing_directions', 'existing_incoming', 'existing_outgoing', 'path_slopes', 'push',
            'pull', 'positions', 'gradient_in', 'gradient_out', 'measure', 'top_singular', 'growth_matrix_of', 'fewer',
            'leading_directions', 'top_directions_of', 'rank_of', 'gain', 'settle', 'Activity', 'activity',
-           'existing_rms', 'input_energy', 'adding', 'loss_with', 'with_neurons']
+           'existing_rms', 'input_samples', 'input_energy', 'adding', 'loss_with', 'with_neurons']
 
 # %% ../nbs/03a_measure.ipynb #00000002
 import itertools
@@ -835,18 +835,25 @@ def existing_rms(
     return (squares/(sum(t.numel() for b in m.batches for t in b.inputs)/m.site.width)).sqrt().mean().item()
 
 # %% ../nbs/03a_measure.ipynb #000000c5
-def input_energy(
+def input_samples(
     m:Measurement,  # Site
     limit:int=16384 # Most patches used; more make the estimate sharper and slower
-)->torch.Tensor:    # `(rows, rows)`
-    "Second moment of the producer's input patches, S = E[h h']."
-    total,count,each = 0.,0,max(1, limit//len(m.batches))
+)->torch.Tensor:    # `(n, rows)`
+    "Patches of the producer's input, over the root of their number: their products with each other sum to the second moment."
+    out,each = [],max(1, limit//len(m.batches))
     for b in m.batches:
         h = _patches(m, b.x[:max(1, each//max(1,b.x[0,:1].numel()))*2])
         h = h.transpose(1,-1).reshape(-1,m.rows) if isinstance(m.producer,_ConvNd) else h.reshape(-1,m.rows)
-        h = h[:: max(1, len(h)//each)]
-        total,count = total + h.T@h, count+len(h)
-    return total/count
+        out.append(h[:: max(1, len(h)//each)])
+    return torch.cat(out)/sum(map(len,out))**.5
+
+def input_energy(
+    m:Measurement,  # Site
+    limit:int=16384 # Most patches used
+)->torch.Tensor:    # `(rows, rows)`
+    "Second moment of the producer's input patches, S = E[h h']."
+    h = input_samples(m, limit)
+    return h.T@h
 
 # %% ../nbs/03a_measure.ipynb #000000cc
 def adding(

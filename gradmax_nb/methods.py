@@ -11,7 +11,7 @@ __all__ = ['Proposal', 'Incoming', 'Outgoing', 'MeanNorm', 'FixedLength', 'Sigma
 # %% ../nbs/03b_methods.ipynb #00000002
 from dataclasses import dataclass, field
 import torch
-from .measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, fewer, gain, gradient_in, input_energy, leading_directions,
+from .measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, fewer, gain, gradient_in, input_energy, input_samples, leading_directions,
     loss_with, positions, rank_of, top_directions_of, with_neurons)
 
 # %% ../nbs/03b_methods.ipynb #00000010
@@ -263,6 +263,15 @@ def _roots(S, floor):
     values = values.clamp_min(floor*values[-1].clamp_min(1e-300))
     return [((Q*values**p)@Q.T).to(S.dtype) for p in (-.5,.5)]
 
+def _roots_from(h, floor):
+    "`_roots` of `h.T@h`, through the products of the samples where there are fewer of these than dimensions."
+    if len(h)>=h.shape[1]: return _roots(h.T@h, floor)
+    values,P = torch.linalg.eigh((h@h.T).double())
+    low = floor*values[-1].clamp_min(1e-300)
+    values,P = values[values>low],P[:,values>low]
+    Q = (h.T.double()@P)/values.sqrt()
+    return [(low**p*torch.eye(len(Q)).to(Q) + (Q*(values**p-low**p))@Q.T).to(h.dtype) for p in (-.5,.5)]
+
 @dataclass
 class BoundMax:
     "Outgoing zero, incoming directions that maximise the guaranteed decrease: gradient norm over activation size."
@@ -272,7 +281,7 @@ class BoundMax:
     similarity:float=.9     # Largest |cosine| between two chosen directions, in whitened coordinates
     floor:float=1e-3        # Eigenvalues of the inputs' second moment are raised to this fraction of the largest
     def score(self, act): return act.gradient.norm(dim=1)/act.rms.clamp_min(1e-30)
-    def propose(self, m, k): return _mirror(m, k, self, *_roots(input_energy(m), self.floor))
+    def propose(self, m, k): return _mirror(m, k, self, *_roots_from(input_samples(m), self.floor))
 
 # %% ../nbs/03b_methods.ipynb #00000053
 def _firing(m, U):
