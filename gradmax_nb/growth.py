@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
-from .measure import (Lift, apply_layer, incoming_weight, measure, outgoing_weights, settle, untouched, zero_buds,
+from .measure import (Lift, apply_layer, incoming_weight, lift_of, measure, outgoing_weights, settle, untouched, zero_buds,
     _base, _loss, _pad, _z_shape, as_batches)
 from .optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from .sites import NewNeurons, Site, as_inputs, evaluating, make_buds, run_path, widen
@@ -71,15 +71,16 @@ def _new_neurons(m, p):
 
 # %% ../nbs/04_growth.ipynb #0000008f
 def _silent(c, x):
-    "Where reader `c` sees zeros only, shaped like one channel of its output."
-    if isinstance(c, nn.Linear): return x.abs().amax(-1,keepdim=True)==0
-    return apply_layer(c, _pad(c,x.abs().amax(1,keepdim=True)), c.weight.new_ones(1,1,*c.kernel_size))==0
+    "Where reader `c` sees nothing but zeros, or hairs of neurons born earlier; shaped like one channel of its output."
+    most = 1000*lift_of(x)
+    if isinstance(c, nn.Linear): return x.abs().amax(-1,keepdim=True)<=most
+    return apply_layer(c, _pad(c,x.abs().amax(1,keepdim=True)), c.weight.new_ones(1,1,*c.kernel_size))<=most
 
 def _ties(m, j):
-    "Whether reader `j` answers somewhere with an exact zero that passes no gradient."
+    "Whether reader `j` answers somewhere with zero, or a hair, so that another hair could turn its sign."
     c = m.consumers[j]
     if c.bias is not None and c.bias.all(): return False
-    return any((_silent(c,b.inputs[j]) & (b.deltas[j]==0)).any() for b in m.batches)
+    return any(_silent(c,b.inputs[j]).any() for b in m.batches)
 
 # %% ../nbs/04_growth.ipynb #00000090
 def _removals(m, k, buds):

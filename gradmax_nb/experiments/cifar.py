@@ -54,12 +54,27 @@ def beside_paper(
     return ours.assign(paper=[f'{row[m][0]} ± {row[m][1]}' if m in row else '' for m in ours['method']])
 
 # %% ../../nbs/experiments/02_cifar.ipynb #0000001b
+def _seconds(r): return r['result']['cpu_seconds']['train']
+
+def _step_line(small, big):
+    "Seconds per step, and per FLOP on top, from two runs without growth."
+    steps,flops = ([r['result'][k] for r in (small,big)] for k in ('steps','flops'))
+    a,b = (_seconds(r)/n for r,n in zip((small,big),steps))
+    f,g = (f/n for f,n in zip(flops,steps))
+    slope = (b-a)/(g-f)
+    return a-slope*f,slope
+
+def _cost(r, small, big):
+    "One run's row of `cost_table`."
+    o,whole,(alpha,beta) = r['result'],_seconds(big),_step_line(small,big)
+    growing = o['cpu_seconds']['growth']
+    expected = alpha*o['steps'] + beta*(o['flops']-o['growth_flops']) + growing
+    return {'method':r['method'], 'FLOPs':o['relative_flops'], 'processor time':(_seconds(r)+growing)/whole, 'of this, growing':growing/whole, 'expected':expected/whole}
+
 def cost_table(
     results:dict # From `collect`
-):               # pandas `DataFrame`
-    "Seconds and FLOPs relative to Baseline-Big of the same seed, mean over seeds."
-    cost = lambda r,book: r['result'][book]['train']+r['result'][book]['growth']
-    done = [r for r in results['runs'] if r['result']]
-    big = {r['seed']:r for r in done if r['method']=='Baseline-Big'}
-    rows = [dict(method=r['method'], flops=r['result']['relative_flops'], wall=cost(r,'seconds')/cost(big[r['seed']],'seconds'), processor=cost(r,'cpu_seconds')/cost(big[r['seed']],'cpu_seconds')) for r in done if r['seed'] in big]
-    return pd.DataFrame(rows).groupby('method').mean().round(3) if rows else pd.DataFrame()
+):               # pandas `DataFrame`, empty without both baselines
+    "FLOPs and processor seconds relative to Baseline-Big of the same seed, mean over seeds."
+    done = {(r['method'],r['seed']):r for r in results['runs'] if r['result']}
+    rows = [_cost(r, done['Baseline-Small',s], done['Baseline-Big',s]) for (_,s),r in done.items() if ('Baseline-Small',s) in done and ('Baseline-Big',s) in done]
+    return pd.DataFrame(rows).groupby('method').mean().round(3).sort_values('FLOPs') if rows else pd.DataFrame()
