@@ -597,6 +597,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'gradmax_nb/experiments/results.py'),
                                                 'gradmax_nb.experiments.results.main': ( 'experiments/results.html#main',
                                                                                          'gradmax_nb/experiments/results.py'),
+                                                'gradmax_nb.experiments.results.paired': ( 'experiments/results.html#paired',
+                                                                                           'gradmax_nb/experiments/results.py'),
                                                 'gradmax_nb.experiments.results.read_results': ( 'experiments/results.html#read_results',
                                                                                                  'gradmax_nb/experiments/results.py'),
                                                 'gradmax_nb.experiments.results.read_run': ( 'experiments/results.html#read_run',
