@@ -80,21 +80,22 @@ class _Curve:
 class _Ledger:
     "Keeps the time for drawing below `share` of the time trained."
     def __init__(self, share, clock=time.perf_counter):
-        self.share,self.clock,self.spent,self.idle,self.last,self.pictures = share,clock,0.,0.,0.,0
+        self.share,self.clock,self.spent,self.written,self.idle,self.last,self.pictures = share,clock,0.,0.,0.,0.,0
         self.began = clock()
 
     def trained(self): return self.clock()-self.began-self.idle
     def may(self, pictures=1): return self.pictures==0 or self.spent+(pictures+3)*self.last <= self.share*self.trained()
-    def may_write(self): return self.spent <= self.share*self.trained()
+    def may_write(self): return self.written <= self.share/5*self.trained()
 
     @contextmanager
-    def entry(self, picture=False):
+    def entry(self, picture=False, text=False):
         "Book the time of the block."
         start = self.clock()
         try: yield
         finally:
             took = self.clock()-start
             self.spent += took
+            if text: self.written += took
             if picture: self.last,self.pictures = took,self.pictures+1
 
 # %% ../nbs/08a_dashboard.ipynb #00000017
@@ -348,7 +349,7 @@ def _tick(self:GrowthDashboard):
     if self._panel is None: return
     if self.ledger.may(3 if self._stale else 1): self._draw(everything=self._stale and self.ledger.pictures>0)
     elif self.ledger.clock()-self._shown>.5 and self.ledger.may_write():
-        with self.ledger.entry(): self._panel.show(_state(self))
+        with self.ledger.entry(text=True): self._panel.show(_state(self))
     else: return
     self._shown = self.ledger.clock()
 
