@@ -339,6 +339,7 @@ FINISH = [
     (r'<a href="https://github.com/pradyunsg/furo">(Furo)</a>', r'\1'),
     (r'<pre>(?=<span></span>)', '<pre tabindex="0">'),                    # code that is too wide can be scrolled with the keyboard
     (r'<div class="math notranslate nohighlight"', r'\g<0> tabindex="0"'),
+    (r'<div class="table-wrapper [^"]*"', r'\g<0> tabindex="0"'),
     (r'(<p class="caption" role="heading")>', r'\1 aria-level="2">'),
     (r'<summary aria-label="[^"]*">', '<summary>'),
 ]
