@@ -81,7 +81,7 @@ def speech(
 def newcomers(
     folder, # Of a finished run
     data    # Its pictures
-)->dict:    # `method`, `seed`, and means over the sites: `old`, `new` (contribution of a neuron), `silent` (share of the new ones), `alike` (mean |cosine| among the new ones)
+)->dict:    # `method`, `seed`, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
     "What has become of the neurons that the seed had, and of those that came later (in Baseline-Big: of the first quarter and of the rest)."
     run = read_run(folder)
     recipe = {r.name:r for r in (wrn_recipe(),vgg_recipe())}[run['config']['recipe']['name']]
@@ -93,9 +93,9 @@ def newcomers(
 
 def _newcomers(site, old, xb):
     loud,heard,cosine = speech(site, xb)
-    share,among = loud*heard,cosine[old:,old:].abs()
-    return dict(old=share[:old].mean().item(), new=share[old:].mean().item(), silent=(loud[old:]<1e-20).double().mean().item(),
-                alike=among[~torch.eye(len(among),dtype=bool)].mean().item())
+    share,among,w = loud*heard,cosine[old:,old:].abs(),site.producer.weight.detach()[old:]
+    return dict(old=share[:old].mean().item(), new=share[old:].mean().item(), alike=among[~torch.eye(len(among),dtype=bool)].mean().item(),
+                silent=(loud[old:]<1e-20).double().mean().item(), negative=(w.clamp_max(0).abs().sum()/w.abs().sum()).item())
 
 # %% ../../nbs/experiments/02_cifar.ipynb #000000fb
 def main(
