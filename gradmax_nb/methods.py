@@ -11,7 +11,7 @@ __all__ = ['Proposal', 'Incoming', 'Outgoing', 'MeanNorm', 'FixedLength', 'Sigma
 # %% ../nbs/03b_methods.ipynb #00000002
 from dataclasses import dataclass, field
 import torch
-from .measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, fewer, gain, gradient_in, input_energy, input_samples, leading_directions,
+from .measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, fewer, gain, gradient_in, input_samples, leading_directions,
     loss_with, positions, rank_of, top_directions_of, with_neurons)
 
 # %% ../nbs/03b_methods.ipynb #00000010
