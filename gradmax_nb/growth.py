@@ -44,10 +44,9 @@ def _constants(m, k, buds):
 
 def _is_hair(a): return a.abs().max() <= 500*torch.finfo(a.dtype).eps # zero, or a hair above
 
-def _shift(m, V, j, buds):
-    "What reader `j`'s bias must take up, `(d_out,)`, or None; raises `ValueError` where no bias can."
+def _shift(m, V, j, a):
+    "What reader `j`'s bias must take up of neurons that it sees as the constant `a`, `(d_out,)`, or None; raises `ValueError` where no bias can."
     c,name = m.site.consumers[j],m.site.readers[j].name
-    a = _constants(m, len(V), buds)[j]
     if _is_hair(a): return None
     out = apply_layer(c, _pad(c,a), outgoing_weights(m,V)[j])
     out = (out.transpose(0,1) if not isinstance(c,nn.Linear) else out.movedim(-1,0)).flatten(1)
@@ -64,10 +63,11 @@ def _new_neurons(m, p):
         buds = settle(m, p.incoming, make_buds(m.site,k))
         return NewNeurons(incoming_weight(m,p.incoming), weights, buds=buds),{},{}
     buds = zero_buds(m.site, k, m.point)
-    shifts = tuple(_shift(m,p.outgoing,j,buds) for j in range(len(weights)))
+    constants = _constants(m, k, buds)
+    shifts = tuple(_shift(m,p.outgoing,j,a) for j,a in enumerate(constants))
     _check_norms(m)
     bias = None if m.site.producer.bias is None else m.weight.new_full((k,), m.point.bias)
-    return NewNeurons(incoming_weight(m,p.incoming), weights, bias, buds, shifts),m.point.lifts,_removals(m, k, buds)
+    return NewNeurons(incoming_weight(m,p.incoming), weights, bias, buds, shifts),m.point.lifts,_removals(m, constants)
 
 # %% ../nbs/04_growth.ipynb #0000008f
 def _silent(c, x):
@@ -83,10 +83,10 @@ def _ties(m, j):
     return any(_silent(c,b.inputs[j]).any() for b in m.batches)
 
 # %% ../nbs/04_growth.ipynb #00000090
-def _removals(m, k, buds):
+def _removals(m, constants):
     "Reader name -> what is to be added to its new inputs, so that a hair decides no tie."
     out = {}
-    for j,(r,a) in enumerate(zip(m.site.readers, _constants(m, k, buds))):
+    for j,(r,a) in enumerate(zip(m.site.readers,constants)):
         if a.any() and _is_hair(a) and a.min()==a.max() and _ties(m,j): out[r.name] = -a.max().item()
     return out
 
