@@ -18,7 +18,7 @@ from .cifar import vgg_recipe, wrn_recipe
 from .imagenet import mobilenet_recipe
 from .records import write_text
 from .results import collect, read_run, table
-from gradmax_nb.experiments.training import (Autocast, Compiled, Eager, FullPrecision, Patterns, Progress, Run, Setup, Stopped, check_folder, contenders, result_of,
+from gradmax_nb.experiments.training import (Autocast, Compiled, Corner, Eager, FullPrecision, Patterns, Progress, Run, Setup, Stopped, check_folder, contenders, result_of,
     stoppable)
 from ..schedule import RoundRobin
 
@@ -49,7 +49,7 @@ def add_train_arguments(
     p.add_argument('--data', required=True, metavar='FOLDER', help='pictures: FOLDER/train/CLASS/ and FOLDER/test/CLASS/ (or val/, valid/); "patterns" makes some up, to try a command')
     p.add_argument('--out', required=True, metavar='FOLDER', help='where the run (or with --sweep: the runs) are kept')
     p.add_argument('--method', default='BoundMax', metavar='NAME', help=f"who trains (%(default)s): {', '.join(contenders())}")
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='decides first weights, order of the pictures, growth batches (%(default)s)')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='decides first weights, order of the pictures, growth batches; in a sweep the first of the seeds (%(default)s)')
     _add_recipe(p.add_argument_group('the schedule; everything keeps its proportions'))
     _add_machine(p.add_argument_group('the machine'))
     _add_sweep(p.add_argument_group('a table'))
@@ -60,6 +60,8 @@ def _add_recipe(g):
     g.add_argument('--batch-size', type=_whole, metavar='N', help='pictures in a step (128; mobilenet 512); the learning rate follows in proportion')
     g.add_argument('--lr', type=_positive, metavar='X', help='peak learning rate per 128 pictures (0.1; vgg and mobilenet 0.05)')
     g.add_argument('--growth-batch', type=_whole, metavar='N', help='pictures a growth is measured on (128)')
+    g.add_argument('--corner', action='store_true', help='cut the seed out of the full network, instead of drawing its weights for its own width')
+    g.add_argument('--loudness', type=_positive, metavar='X', help='activation of new neurons, in multiples of the old ones, for BoundMax and MirrorRandom-RMS (1)')
     g.add_argument('--norm', action='store_true', help='BatchNorm between the layers of a grown pair')
     g.add_argument('--round-robin', action='store_true', help='one layer at each event, instead of all')
     g.add_argument('--equal-flops', action='store_true', help="train longer, until Baseline-Big's FLOPs are spent")
@@ -79,7 +81,7 @@ def _add_machine(g):
 def _add_sweep(g):
     g.add_argument('--sweep', action='store_true', help='run every method with every seed')
     g.add_argument('--methods', metavar='A,B', help='only these (all)')
-    g.add_argument('--seeds', type=_whole, default=3, metavar='N', help='seeds 0 to N-1 (%(default)s)')
+    g.add_argument('--seeds', type=_whole, default=3, metavar='N', help='so many seeds, from --seed on (%(default)s)')
     g.add_argument('--jobs', type=_whole, default=1, metavar='N', help='runs at the same time (%(default)s)')
 
 # %% ../../nbs/experiments/04_train.ipynb #0000000b
@@ -90,8 +92,9 @@ def setup_of(
 )->Setup:
     "What the arguments ask for."
     r = recipes()[args.network]
-    given = {k:getattr(args,k) for k in ('epochs','batch_size','lr','growth_batch') if getattr(args,k) is not None}
+    given = {k:getattr(args,k) for k in ('epochs','batch_size','lr','growth_batch','loudness') if getattr(args,k) is not None}
     if args.round_robin: given['growing'] = replace(r.growing, every=r.growing.every*150/2500, where=RoundRobin())
+    if args.corner: given['seed_weights'] = Corner()
     precision = FullPrecision() if args.amp is None else Autocast({'bf16':'bfloat16','fp16':'float16'}[args.amp])
     engine = Eager() if args.compile is None else Compiled(*args.compile.split(':',1))
     return Setup(replace(r,**given), method or args.method, args.seed if seed is None else seed, args.norm, args.equal_flops, precision, engine, not args.no_channels_last, args.check_every)
@@ -124,8 +127,8 @@ def one_run(
     finally: torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/04_train.ipynb #00000011
-_options = ('data','epochs','batch_size','lr','growth_batch','size','device','threads','amp','compile','check_every','save_seconds','cache')
-_flags = ('norm','round_robin','equal_flops','no_channels_last')
+_options = ('data','epochs','batch_size','lr','growth_batch','loudness','size','device','threads','amp','compile','check_every','save_seconds','cache')
+_flags = ('corner','norm','round_robin','equal_flops','no_channels_last')
 
 def command_of(
     args,       # Parsed arguments, of a sweep
@@ -150,7 +153,7 @@ def _names(args):
 
 def _tasks(args):
     "`(method, seed, folder)` of every run of a sweep, seed by seed."
-    return [(n, seed, Path(args.out).expanduser()/n/f'seed-{seed}') for seed in range(args.seeds) for n in _names(args)]
+    return [(n, seed, Path(args.out).expanduser()/n/f'seed-{seed}') for seed in range(args.seed, args.seed+args.seeds) for n in _names(args)]
 
 # %% ../../nbs/experiments/04_train.ipynb #00000014
 def _state(folder, config):
