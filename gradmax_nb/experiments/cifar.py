@@ -83,7 +83,7 @@ def speech(
 def newcomers(
     folder, # Of a finished run
     data    # Its pictures
-)->dict:    # `method`, `seed`, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
+)->dict:   # `method`, `start` (of the seed's weights), `seed`, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
     "What has become of the neurons that the seed had, and of those that came later (in Baseline-Big: of the first quarter and of the rest)."
     run = read_run(folder)
     recipe = {r.name:r for r in (wrn_recipe(),vgg_recipe())}[run['config']['recipe']['name']]
@@ -91,7 +91,7 @@ def newcomers(
     load_grown(Path(folder)/'checkpoint.safetensors', model)
     xb,_ = next(iter(data.test(256)))
     rows = [_newcomers(s, small.get_submodule(s.name).weight.shape[0], xb) for s in find_sites(model,xb[:2])[0] if s.width>small.get_submodule(s.name).weight.shape[0]]
-    return dict(method=run['config']['method'], seed=run['config']['seed'], **pd.DataFrame(rows).mean().round(5).to_dict())
+    return dict(method=run['config']['method'], start=run['config']['recipe'].get('seed_weights',{'kind':'OwnWidth'})['kind'], seed=run['config']['seed'], **pd.DataFrame(rows).mean().round(5).to_dict())
 
 def _newcomers(site, old, xb):
     loud,heard,cosine = speech(site, xb)
