@@ -1039,6 +1039,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'gradmax_nb/experiments/training.py'),
                                                  'gradmax_nb.experiments.training._change': ( 'experiments/training.html#_change',
                                                                                               'gradmax_nb/experiments/training.py'),
+                                                 'gradmax_nb.experiments.training._corner_of': ( 'experiments/training.html#_corner_of',
+                                                                                                 'gradmax_nb/experiments/training.py'),
                                                  'gradmax_nb.experiments.training._ghost': ( 'experiments/training.html#_ghost',
                                                                                              'gradmax_nb/experiments/training.py'),
                                                  'gradmax_nb.experiments.training._locked': ( 'experiments/training.html#_locked',

@@ -83,7 +83,7 @@ def speech(
 def newcomers(
     folder, # Of a finished run
     data    # Its pictures
-)->dict:   # `method`, `start` (of the seed's weights), `seed`, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
+)->dict:    # `method`, `start` (of the seed's weights), `seed`, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
     "What has become of the neurons that the seed had, and of those that came later (in Baseline-Big: of the first quarter and of the rest)."
     run = read_run(folder)
     recipe = {r.name:r for r in (wrn_recipe(),vgg_recipe())}[run['config']['recipe']['name']]
