@@ -1,6 +1,7 @@
 from .theory import *
 from .surgery import *
 from .optim import *
+from .rates import *
 from .sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
 from .measure import Measurement, measure
 from .methods import *

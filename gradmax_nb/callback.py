@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GrowthLog', 'TrainBatches', 'GrowthCallback']
+__all__ = ['GrowthLog', 'TrainBatches', 'GrowthCallback', 'YoungRatesCallback']
 
 # %% ../nbs/06_callback.ipynb #00000005
 import time, warnings
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from fastcore.basics import patch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import NonNativeMixedPrecision
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.load import DataLoader
@@ -26,6 +26,7 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model, num_distrib, set_seed, to_device
 from .growth import grow
 from .measure import as_batches, untouched
+from .rates import YoungRates
 from .schedule import AllSites, Named, OfSeed, allot, neurons
 from .sites import Site, find_sites
 
@@ -320,3 +321,40 @@ def plot_growth(self:Learner, **kwargs):
     from gradmax_nb.viz import plot_growth
     losses = self.recorder.losses
     return plot_growth(self.growth.history, losses=losses, start=self.growth.steps-len(losses), **kwargs)
+
+# %% ../nbs/06_callback.ipynb #0000009b
+class YoungRatesCallback(Callback):
+    "Give the weights that growth adds learning rates of their own."
+    order,run_valid,remove_on_fetch,_only_train_loop = MixedPrecision.order-1,False,True,True
+    def __init__(self,
+        rule # `Times(factor)`, `NormRatio()`, or your own; what the model has at the first step is the seed
+    ):
+        if isinstance(rule,type) or not callable(rule): raise TypeError(f"{rule!r} is no rule: pass an object such as Times(3.)")
+        self.rule,self.rates,self._saved = rule,None,None
+
+    @property
+    def name(self): return 'young_rates_callback' # `learn.young_rates` stays free
+
+    def before_train(self):
+        model = get_model(self.learn.model)
+        model = getattr(model, '_orig_mod', model)
+        if self.rates is None or self.rates.model is not model: self.rates = YoungRates(model, self.rule)
+        if self._saved is not None: self.rates.load_state_dict(self._saved)
+        self._saved = None
+
+    def before_step(self): self.rates.before_step()
+    def after_step(self): self.rates.after_step()
+
+# %% ../nbs/06_callback.ipynb #0000009c
+@patch
+def state_dict(self:YoungRatesCallback)->dict:
+    "What another callback needs to go on: the shapes of the generations, as JSON can hold them."
+    return {} if self.rates is None else self.rates.state_dict()
+
+@patch
+def load_state_dict(self:YoungRatesCallback,
+    state:dict # From `state_dict`
+)->YoungRatesCallback:
+    "Go on where another callback stopped; the model of the next fit must be as wide as the one that was saved."
+    self._saved = deepcopy(state) or None
+    return self

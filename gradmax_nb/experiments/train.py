@@ -20,6 +20,7 @@ from .records import write_text
 from .results import collect, read_run, table
 from gradmax_nb.experiments.training import (Autocast, Compiled, Corner, Eager, FullPrecision, Patterns, Progress, Run, Setup, Stopped, check_folder, contenders, result_of,
     stoppable)
+from ..rates import Times
 from ..schedule import RoundRobin
 
 # %% ../../nbs/experiments/04_train.ipynb #00000005
@@ -62,6 +63,8 @@ def _add_recipe(g):
     g.add_argument('--growth-batch', type=_whole, metavar='N', help='pictures a growth is measured on (128)')
     g.add_argument('--corner', action='store_true', help='cut the seed out of the full network, instead of drawing its weights for its own width')
     g.add_argument('--loudness', type=_positive, metavar='X', help='activation of new neurons, in multiples of the old ones, for BoundMax and MirrorRandom-RMS (1)')
+    g.add_argument('--length', type=_positive, metavar='X', help='length of new weights in multiples of the old ones, for the other methods (0.5; vgg: the length itself)')
+    g.add_argument('--young-rate', type=_positive, metavar='X', help='learning rate of new weights, in multiples of the old ones\' (1)')
     g.add_argument('--norm', action='store_true', help='BatchNorm between the layers of a grown pair')
     g.add_argument('--round-robin', action='store_true', help='one layer at each event, instead of all')
     g.add_argument('--equal-flops', action='store_true', help="train longer, until Baseline-Big's FLOPs are spent")
@@ -95,6 +98,8 @@ def setup_of(
     given = {k:getattr(args,k) for k in ('epochs','batch_size','lr','growth_batch','loudness') if getattr(args,k) is not None}
     if args.round_robin: given['growing'] = replace(r.growing, every=r.growing.every*150/2500, where=RoundRobin())
     if args.corner: given['seed_weights'] = Corner()
+    if args.length: given['length'] = type(r.length)(args.length)
+    if args.young_rate: given['young'] = Times(args.young_rate)
     precision = FullPrecision() if args.amp is None else Autocast({'bf16':'bfloat16','fp16':'float16'}[args.amp])
     engine = Eager() if args.compile is None else Compiled(*args.compile.split(':',1))
     return Setup(replace(r,**given), method or args.method, args.seed if seed is None else seed, args.norm, args.equal_flops, precision, engine, not args.no_channels_last, args.check_every)
@@ -127,7 +132,7 @@ def one_run(
     finally: torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/04_train.ipynb #00000011
-_options = ('data','epochs','batch_size','lr','growth_batch','loudness','size','device','threads','amp','compile','check_every','save_seconds','cache')
+_options = ('data','epochs','batch_size','lr','growth_batch','loudness','length','young_rate','size','device','threads','amp','compile','check_every','save_seconds','cache')
 _flags = ('corner','norm','round_robin','equal_flops','no_channels_last')
 
 def command_of(

@@ -33,6 +33,7 @@ from ..growth import grow
 from ..measure import lift_of, untouched
 from ..methods import (ActivationRMS, AsComputed, BoundMax, Firefly, GradMax, GradMaxOpt, MeanNorm, MirrorFirefly, MirrorGradMax, MirrorGradMaxOpt, MirrorRandom,
     OfficialRandom, RandomGrowth)
+from ..rates import YoungRates
 from ..schedule import AllSites
 from ..sites import NewNeurons, find_sites, make_buds, widen
 
@@ -120,6 +121,7 @@ class Recipe:
     growing:Growing=field(default_factory=Growing) # When and where
     length:object=field(default_factory=lambda: MeanNorm(.5)) # Length rule of the growing methods that have none of their own
     loudness:float=1.         # Activation of new neurons, in multiples of the old ones', in `BoundMax` and `MirrorRandom-RMS`, which set lengths by it
+    young:object=None         # Learning rates of new weights: `Times(factor)`, `NormRatio()`; None: as all others
     growth_batch:int=128      # Pictures a growth is measured on
 
     @property
@@ -377,6 +379,7 @@ class Run:
         self.model = self.network(1.) if self.contender.big else self.recipe.seed_weights(self.network, self.recipe.seed_width)
         self.opt = torch.optim.SGD(self.model.parameters(), lr=self.recipe.peak, momentum=self.recipe.momentum, nesterov=self.recipe.nesterov, weight_decay=self.recipe.weight_decay)
         self.scaler = setup.precision.scaler(self.device)
+        self.young = nullcontext() if self.recipe.young is None else YoungRates(self.model, self.recipe.young)
         self.sites,self.plan = self._planned()
         self.t,self.event,self.pending,self.stop,self.saved = 0,0,None,False,time.monotonic()
         self.counted = dict(growth=0, check=0) # FLOPs
@@ -447,7 +450,7 @@ def step(self:Run, xb, yb):
     with self.setup.precision.context(self.device): loss = F.cross_entropy(self.forward(xb), yb)
     self.opt.zero_grad()
     self.scaler.scale(loss).backward()
-    self.scaler.step(self.opt)
+    with self.young: self.scaler.step(self.opt)
     self.scaler.update()
     self.loss_sum += loss.detach()
     self.loss_count,self.t = self.loss_count+1,self.t+1
@@ -670,7 +673,7 @@ def save(self:Run):
     self.mean_loss()
     self.lap('train')
     if self.folder is not None:
-        extra = dict(config=self.config, t=self.t, event=self.event, counted=self.counted, seconds=self.seconds, cpu_seconds=self.cpu_seconds, loss_sum=self.loss_sum, loss_count=self.loss_count, log=self.log, rng=rng_state(), scaler=self.scaler.state_dict())
+        extra = dict(config=self.config, t=self.t, event=self.event, counted=self.counted, seconds=self.seconds, cpu_seconds=self.cpu_seconds, loss_sum=self.loss_sum, loss_count=self.loss_count, log=self.log, rng=rng_state(), scaler=self.scaler.state_dict(), young=None if self.recipe.young is None else self.young.state_dict())
         save_grown(self.folder/'checkpoint.safetensors', self.model, self.opt, history=[dict(s,step=e['step']) for e in self.log['growth'] for s in e['sites']], extra=extra)
         self._write_log()
     self.saved = time.monotonic()
@@ -706,6 +709,7 @@ def _restore(self:Run):
     for k in ('t','event','counted','seconds','cpu_seconds','log','loss_count'): setattr(self, k, found[k])
     self.loss_sum = found['loss_sum'].to(self.device)
     if found['scaler']: self.scaler.load_state_dict(found['scaler'])
+    if self.recipe.young is not None: self.young.load_state_dict(found['young'])
     restore_rng(found['rng'])
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000052
