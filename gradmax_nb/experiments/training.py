@@ -36,6 +36,7 @@ from ..methods import (ActivationRMS, AsComputed, BoundMax, Firefly, GradMax, Gr
 from ..rates import YoungRates
 from ..schedule import AllSites
 from ..sites import NewNeurons, find_sites, make_buds, widen
+from ..surgery import load_corner
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000006
 @dataclass(frozen=True)
@@ -88,20 +89,12 @@ class OwnWidth:
     )->nn.Module:
         return build(width)
 
-def _corner_of(full, seed, name):
-    "The part of `full` that has the shape of `seed`."
-    if full is None or full.dim()!=seed.dim() or any(a<b for a,b in zip(full.shape,seed.shape)):
-        raise ValueError(f"`{name}` has shape {tuple(seed.shape)} in the seed and {'none' if full is None else tuple(full.shape)} in the full network, so the seed is no corner of it: use OwnWidth()")
-    return full[tuple(slice(n) for n in seed.shape)]
-
 @dataclass(frozen=True)
 class Corner:
     "The seed is the corner of the full network: one draw for the full width, of which each layer keeps its first channels."
     def __call__(self, build, width:float)->nn.Module:
-        full,seed = build(1.).state_dict(),build(width)
-        with torch.no_grad():
-            for name,t in seed.state_dict().items(): t.copy_(_corner_of(full.get(name), t, name))
-        return seed
+        full = build(1.).state_dict()
+        return load_corner(build(width), full)
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000000d
 @dataclass(frozen=True)
