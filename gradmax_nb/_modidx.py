@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'gradmax_nb/experiments/cifar.py'),
                                               'gradmax_nb.experiments.cifar._one_thread': ( 'experiments/cifar.html#_one_thread',
                                                                                             'gradmax_nb/experiments/cifar.py'),
+                                              'gradmax_nb.experiments.cifar._options': ( 'experiments/cifar.html#_options',
+                                                                                         'gradmax_nb/experiments/cifar.py'),
                                               'gradmax_nb.experiments.cifar._seconds': ( 'experiments/cifar.html#_seconds',
                                                                                          'gradmax_nb/experiments/cifar.py'),
                                               'gradmax_nb.experiments.cifar._step_line': ( 'experiments/cifar.html#_step_line',

@@ -19,7 +19,7 @@ from ..checkpoint import load_grown
 from .pictures import load_images
 from .records import hardware, versions, write_text
 from .results import find_runs, read_run, table
-from .training import Recipe, step_flops
+from .training import Recipe, as_json, flat, step_flops
 from .zoo import vgg11, wide_resnet
 from ..measure import Lift, lift_of
 from ..methods import FixedLength
@@ -83,7 +83,7 @@ def speech(
 def newcomers(
     folder, # Of a finished run
     data    # Its pictures
-)->dict:    # `method`, `start` (of the seed's weights), `seed`, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
+)->dict:    # `method`, `start` (of the seed's weights), `options` (what else the run was told), `seed`, losses and accuracy at the end, and means over the sites: `old`, `new` (contribution of a neuron); of the new ones: `alike` (mean |cosine|), `silent` (share), `negative` (share of the incoming weights' sizes)
     "What has become of the neurons that the seed had, and of those that came later (in Baseline-Big: of the first quarter and of the rest)."
     run = read_run(folder)
     recipe = {r.name:r for r in (wrn_recipe(),vgg_recipe())}[run['config']['recipe']['name']]
@@ -91,7 +91,14 @@ def newcomers(
     load_grown(Path(folder)/'checkpoint.safetensors', model)
     xb,_ = next(iter(data.test(256)))
     rows = [_newcomers(s, small.get_submodule(s.name).weight.shape[0], xb) for s in find_sites(model,xb[:2])[0] if s.width>small.get_submodule(s.name).weight.shape[0]]
-    return dict(method=run['config']['method'], start=run['config']['recipe'].get('seed_weights',{'kind':'OwnWidth'})['kind'], seed=run['config']['seed'], **pd.DataFrame(rows).mean().round(5).to_dict())
+    return dict(method=run['config']['method'], start=run['config']['recipe'].get('seed_weights',{'kind':'OwnWidth'})['kind'], options=_options(run['config'],recipe), seed=run['config']['seed'],
+                **{k:run['result'][k] for k in ('train_loss','test_loss','accuracy')}, **pd.DataFrame(rows).mean().round(5).to_dict())
+
+def _options(config, recipe):
+    "What a run was told besides network, method, seed and epochs, as it is written in a command."
+    found,usual = flat(config['recipe']),flat(as_json(recipe))
+    names = {'loudness':'--loudness', 'length.scale':'--length', 'young.factor':'--young-rate', 'growth_batch':'--growth-batch'}
+    return ' '.join([f'{o} {found[k]:g}' for k,o in names.items() if k in found and found[k]!=usual.get(k)] + (['--norm'] if config['norm'] else []))
 
 def _newcomers(site, old, xb):
     loud,heard,cosine = speech(site, xb)
