@@ -327,7 +327,7 @@ class YoungRatesCallback(Callback):
     "Give the weights that growth adds learning rates of their own."
     order,run_valid,remove_on_fetch,_only_train_loop = MixedPrecision.order-1,False,True,True
     def __init__(self,
-        rule # `Times(factor)`, `NormRatio()`, or your own; what the model has at the first step is the seed
+        rule # `Times(factor)`, `NormRatio()`, or your own; what the model has when its first fit begins is the seed
     ):
         if isinstance(rule,type) or not callable(rule): raise TypeError(f"{rule!r} is no rule: pass an object such as Times(3.)")
         self.rule,self.rates,self._saved = rule,None,None
@@ -335,20 +335,34 @@ class YoungRatesCallback(Callback):
     @property
     def name(self): return 'young_rates_callback' # `learn.young_rates` stays free
 
-    def before_train(self):
-        model = get_model(self.learn.model)
-        model = getattr(model, '_orig_mod', model)
-        if self.rates is None or self.rates.model is not model: self.rates = YoungRates(model, self.rule)
-        if self._saved is not None: self.rates.load_state_dict(self._saved)
-        self._saved = None
+# %% ../nbs/06_callback.ipynb #000000a3
+@patch
+def before_train(self:YoungRatesCallback):
+    "Follow the learner's model; refuse what moves weights in another way than by the optimizer's step."
+    if hasattr(self.learn.opt, 'slow_weights'): raise ValueError("Lookahead (ranger) moves the weights to its slow ones at some steps, which would be scaled as well: use the optimizer inside it")
+    if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs): raise ValueError("NonNativeMixedPrecision trains a copy of the parameters: use learn.to_fp16() or learn.to_bf16()")
+    model = get_model(self.learn.model)
+    model = getattr(model, '_orig_mod', model)
+    state = self.state_dict()
+    if self.rates is None or self.rates.model is not model: self.rates = YoungRates(model, self.rule)
+    if state: self.rates.load_state_dict(state)
+    self._saved = None
 
-    def before_step(self): self.rates.before_step()
-    def after_step(self): self.rates.after_step()
+@patch
+def before_step(self:YoungRatesCallback):
+    "Keep the young parameters."
+    self.rates.before_step()
+
+@patch
+def after_step(self:YoungRatesCallback):
+    "Scale what has become of them."
+    self.rates.after_step()
 
 # %% ../nbs/06_callback.ipynb #0000009c
 @patch
 def state_dict(self:YoungRatesCallback)->dict:
     "What another callback needs to go on: the shapes of the generations, as JSON can hold them."
+    if self._saved is not None: return deepcopy(self._saved)
     return {} if self.rates is None else self.rates.state_dict()
 
 @patch

@@ -33,16 +33,24 @@ class Times:
     "Every young weight learns `factor` times as fast as the seed."
     factor:float # Above 1: faster; below: slower
     def __post_init__(self):
-        if not (isfinite(self.factor) and self.factor>0): raise ValueError(f"the factor of the learning rate must be a positive number, got {self.factor!r}: with 0 young weights would never learn")
-    def __call__(self, rates:YoungRates)->list: return [1.]+[float(self.factor)]*rates.growths
+        if not isinstance(self.factor,(int,float)) or not (isfinite(self.factor) and self.factor>0):
+            raise ValueError(f"the factor of the learning rate must be a positive number, got {self.factor!r}; with 0 young weights would never learn")
+    def __call__(self,
+        rates:YoungRates # Whose step comes
+    )->list:             # A factor per growth
+        "The same for all."
+        return [float(self.factor)]*rates.growths
 
 # %% ../nbs/02a_rates.ipynb #0000001a
 @dataclass(frozen=True)
 class NormRatio:
-    "Each generation learns in proportion to the norm of its weights: `|W_t|/|W_0|` times as fast as the seed (Yuan et al. 2023)."
-    def __call__(self, rates:YoungRates)->Tensor:
-        norms = rates.norms()
-        return torch.where(norms>0, norms/norms[0], torch.ones_like(norms))
+    "Each generation learns `|W_t|/|W_0|` times as fast as the seed (Yuan et al. 2023): the more slowly, the smaller the growth."
+    def __call__(self,
+        rates:YoungRates # Whose step comes
+    )->Tensor:           # A factor per growth
+        "Ratios of the present norms; 1 where the seed has no weights but zeros."
+        young,seed = rates.norms()
+        return torch.where(seed>0, young/seed.where(seed>0, 1.), 1.)
 
 # %% ../nbs/02a_rates.ipynb #0000001c
 def _shapes(model): return {n:tuple(p.shape) for n,p in model.named_parameters()}
@@ -58,27 +66,23 @@ def _check_grown(old, new):
 class YoungRates:
     "Scales what each optimizer step does to the weights that growth has added; `with rates: opt.step()`."
     def __init__(self,
-        model:nn.Module,                             # What it has now is the seed
-        rule:Callable[[YoungRates],list|Tensor]      # `Times(factor)`, `NormRatio()`, or your own: one factor per generation, the seed first
+        model:nn.Module,                        # What it has now is the seed
+        rule:Callable[[YoungRates],list|Tensor] # `Times(factor)`, `NormRatio()`, or your own: a finite factor per growth, relative to the seed's learning rate
     ):
         if isinstance(rule,type) or not callable(rule): raise TypeError(f"{rule!r} is no rule: pass an object such as Times(3.)")
         self.model,self.rule = getattr(model,'_orig_mod',model),rule
-        self.shapes,self._kept = [_shapes(self.model)],None
+        self.shapes,self._kept,self._now,self._tables = [_shapes(self.model)],None,None,{}
 
     @property
     def growths(self)->int:
         "Generations after the seed."
         return len(self.shapes)-1
 
+    def __getstate__(self): return {**vars(self), '_kept':None, '_now':None, '_tables':{}}
+    def __getstate__(self): return {**vars(self), '_kept':None, '_now':None, '_tables':{}}
     def __repr__(self): return f"YoungRates({self.rule}: {self.growths} growths)"
 
 # %% ../nbs/02a_rates.ipynb #0000001f
-def _norms(p, shapes):
-    "Squared norm of each generation of `p`."
-    nested = torch.stack([_block(p.detach(),s).double().square().sum() for s in shapes])
-    return nested.diff(prepend=nested.new_zeros(1)).clamp_min(0.)
-
-# %% ../nbs/02a_rates.ipynb #00000020
 @patch
 def look(self:YoungRates):
     "Notice a growth, if there was one since the last step; raises `ValueError` if the model has changed in another way."
@@ -87,44 +91,86 @@ def look(self:YoungRates):
     _check_grown(self.shapes[-1], now)
     self.shapes.append(now)
 
-# %% ../nbs/02a_rates.ipynb #00000021
+# %% ../nbs/02a_rates.ipynb #00000020
 def _grown(self):
     "`(name, parameter, shapes)` of the parameters that hold young entries."
     for n,p in self.model.named_parameters():
         shapes = [s[n] for s in self.shapes]
         if shapes[0]!=shapes[-1]: yield n,p,shapes
 
+def _squares(p, shapes):
+    "Squared norm of the leading blocks of `p`, one per shape."
+    kind = torch.promote_types(p.dtype, torch.float32)
+    norms = {s:torch.linalg.vector_norm(_block(p.detach(),s), dtype=kind) for s in dict.fromkeys(shapes)}
+    return torch.stack([norms[s] for s in shapes]).square()
+
+# %% ../nbs/02a_rates.ipynb #00000021
 @patch
-def norms(self:YoungRates)->Tensor:
-    "Frobenius norm of the weights of each generation over the whole network, `(growths+1,)`, the seed first; vectors do not count."
-    return sum(_norms(p,[s[n] for s in self.shapes]) for n,p in self.model.named_parameters() if p.dim()>1).sqrt()
+def norms(self:YoungRates)->tuple: # Tensors `(growths,)`: of the young weights, of the seed's
+    "Frobenius norms of what each growth added, and of the seed's part of the same parameters; vectors do not count."
+    self.look()
+    young,seed = 0.,0.
+    for n,p,shapes in _grown(self):
+        if p.dim()<2: continue
+        squares,added = _squares(p,shapes),torch.tensor([a!=b for a,b in zip(shapes,shapes[1:])], device=p.device)
+        young,seed = young+squares.diff().clamp_min(0.),seed+squares[0]*added
+    return young.sqrt(),seed.sqrt()
 
 # %% ../nbs/02a_rates.ipynb #00000023
+def _factors(self):
+    "What the rule says for the present growths."
+    factors = self.rule(self)
+    if len(factors)!=self.growths: raise ValueError(f"{self.rule!r} gave {len(factors)} factors after {self.growths} growths: one for each, relative to the seed")
+    if not isinstance(factors,Tensor) and not all(isfinite(f) and f>=0 for f in factors): raise ValueError(f"{self.rule!r} gave the factors {list(factors)}: they must be finite and not negative")
+    return factors
+
+# %% ../nbs/02a_rates.ipynb #00000046
 @patch
 def before_step(self:YoungRates):
     "Keep the parameters that have young entries, and ask the rule."
     self.look()
-    factors = self.rule(self) if self.growths else [1.]
-    if len(factors)!=self.growths+1: raise ValueError(f"{self.rule!r} gave {len(factors)} factors for {self.growths+1} generations: one for each, the seed first")
-    self._kept = {n:(p.detach().clone(),_spread(list(factors),shapes,p.detach())) for n,p,shapes in _grown(self) if p.requires_grad}
+    if not self.growths: return
+    factors,grown = _factors(self),[g for g in _grown(self) if g[1].requires_grad]
+    now = None if isinstance(factors,Tensor) else (*factors,)
+    if now is None or now!=self._now: self._now,self._tables = now,{}
+    for n,p,shapes in grown:
+        if n not in self._tables: self._tables[n] = _spread([1.,*factors], shapes, p.detach())
+    self._kept = {n:p.detach().clone() for n,p,_ in grown}
+
+# %% ../nbs/02a_rates.ipynb #00000045
+@patch
+def before_step(self:YoungRates):
+    "Keep the parameters that have young entries, and ask the rule."
+    self.look()
+    if not self.growths: return
+    factors,grown = _factors(self),[g for g in _grown(self) if g[1].requires_grad]
+    now = None if isinstance(factors,Tensor) else (*factors,)
+    if now is None or now!=self._now: self._now,self._tables = now,{}
+    for n,p,shapes in grown:
+        if n not in self._tables: self._tables[n] = _spread([1.,*factors], shapes, p.detach())
+    self._kept = {n:p.detach().clone() for n,p,_ in grown}
 
 # %% ../nbs/02a_rates.ipynb #00000024
 @patch
 @torch.no_grad()
 def after_step(self:YoungRates):
-    "Scale the step that was taken since `before_step`; nothing if there was none."
+    "Scale the step that was taken since `before_step`; nothing if there was none. Raises `ValueError` if the model grew in between."
     kept,self._kept = self._kept or {},None
     for n,p in self.model.named_parameters():
-        if n in kept: p.copy_(torch.lerp(kept[n][0], p, kept[n][1]))
+        if n not in kept: continue
+        if p.shape!=kept[n].shape: raise ValueError(f"`{n}` has grown between before_step and after_step: put the optimizer's step inside `with rates`, and growth outside")
+        p.copy_(torch.lerp(kept[n], p, self._tables[n].to(p), out=kept[n]))
 
 # %% ../nbs/02a_rates.ipynb #00000025
 @patch
 def __enter__(self:YoungRates)->YoungRates:
+    "`before_step`"
     self.before_step()
     return self
 
 @patch
 def __exit__(self:YoungRates, kind, *error):
+    "`after_step`, or nothing if the step raised"
     if kind is None: self.after_step()
     else: self._kept = None
 
@@ -138,9 +184,18 @@ def attach(self:YoungRates,
     return opt.register_step_pre_hook(lambda *_: self.before_step()), opt.register_step_post_hook(lambda *_: self.after_step())
 
 # %% ../nbs/02a_rates.ipynb #00000033
+def _check_state(shapes, now):
+    "Refuse the shapes of another model, of another width, or of no growth."
+    last = shapes[-1] if shapes else {}
+    wrong = [n for n in {**now,**last} if now.get(n)!=last.get(n)]
+    if wrong: raise ValueError(f"the state was saved when `{wrong[0]}` was {last.get(wrong[0],'not there')}, and it is {now.get(wrong[0],'gone')}: load the model's checkpoint first")
+    for a,b in zip(shapes,shapes[1:]): _check_grown(a, b)
+
+# %% ../nbs/02a_rates.ipynb #00000048
 @patch
 def state_dict(self:YoungRates)->dict:
     "The shapes of all generations, as JSON can hold them."
+    self.look()
     return dict(shapes=[{n:list(s) for n,s in shapes.items()} for shapes in self.shapes])
 
 @patch
@@ -149,8 +204,6 @@ def load_state_dict(self:YoungRates,
 )->YoungRates:
     "Go on where another one stopped; raises `ValueError` if the state belongs to another model or another width."
     shapes = [{n:tuple(s) for n,s in d.items()} for d in state['shapes']]
-    now = _shapes(self.model)
-    wrong = [n for n in {**now,**shapes[-1]} if now.get(n)!=shapes[-1].get(n)]
-    if wrong: raise ValueError(f"the state was saved when `{wrong[0]}` was {shapes[-1].get(wrong[0],'not there')}, and it is {now.get(wrong[0],'gone')}: load the model's checkpoint first")
-    self.shapes,self._kept = shapes,None
+    _check_state(shapes, _shapes(self.model))
+    self.shapes,self._kept,self._now,self._tables = shapes,None,None,{}
     return self
