@@ -215,12 +215,21 @@ def _corner(full, small, name):
         raise ValueError(f"`{name}` has shape {tuple(small.shape)} in the seed and {'none' if full is None else tuple(full.shape)} in the full network, so the seed is no corner of it: build both with the same layers, the full one at least as wide everywhere")
     return full[tuple(slice(n) for n in small.shape)]
 
+def _check_corner(model, tensors):
+    "Refuse other layers, and layers whose leading block is not their first neurons."
+    if extra := [n for n in tensors if n not in model.state_dict()]: raise ValueError(f"the full network has `{extra[0]}`, which the seed has not: build both with the same layers")
+    for n,m in model.named_modules():
+        if isinstance(m, (nn.RNNBase,nn.MultiheadAttention)): raise ValueError(f"`{n}` ({type(m).__name__}) packs several matrices into one, whose corner is not that of each: give the seed its weights by hand")
+
+# %% ../nbs/01_surgery.ipynb #00000036
 @torch.no_grad()
 def load_corner(
-    model:nn.Module, # The seed
+    model:nn.Module, # The seed; in each of its layers the order of the neurons must not depend on the width (no concatenated or grouped channels)
     state_dict:dict  # Tensors of the full network by name, as in its `state_dict()`
 )->nn.Module:        # `model`
-    "Give the seed the weights that the full network has in its corner: the leading block of every tensor. `ValueError` names a tensor that has none, and nothing is changed."
+    "Give the seed the weights that the full network has in its corner: the leading block of every tensor. `ValueError` names a tensor or layer that has none, and nothing is changed."
+    if isinstance(state_dict, nn.Module): raise TypeError(f"pass the tensors of the full network, {type(state_dict).__name__}(...).state_dict(), not the network")
+    _check_corner(model, state_dict)
     own = model.state_dict()
     for name,block in [(n,_corner(state_dict.get(n),t,n)) for n,t in own.items()]: own[name].copy_(block)
     return model

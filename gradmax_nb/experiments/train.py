@@ -20,6 +20,7 @@ from .records import write_text
 from .results import collect, read_run, table
 from gradmax_nb.experiments.training import (Autocast, Compiled, Corner, Eager, FullPrecision, Patterns, Progress, Run, Setup, Stopped, check_folder, contenders, result_of,
     stoppable)
+from ..methods import FixedLength
 from ..rates import Times
 from ..schedule import RoundRobin
 
@@ -63,7 +64,7 @@ def _add_recipe(g):
     g.add_argument('--growth-batch', type=_whole, metavar='N', help='pictures a growth is measured on (128)')
     g.add_argument('--corner', action='store_true', help='cut the seed out of the full network, instead of drawing its weights for its own width')
     g.add_argument('--loudness', type=_positive, metavar='X', help='activation of new neurons, in multiples of the old ones, for BoundMax and MirrorRandom-RMS (1)')
-    g.add_argument('--length', type=_positive, metavar='X', help='length of new weights in multiples of the old ones, for the other methods (0.5; vgg: the length itself)')
+    g.add_argument('--length', type=_positive, metavar='X', help='length of new weights, for all methods but BoundMax and MirrorRandom-RMS, in multiples of the old ones (0.5); vgg: the length itself (0.5)')
     g.add_argument('--young-rate', type=_positive, metavar='X', help='learning rate of new weights, in multiples of the old ones\' (1)')
     g.add_argument('--norm', action='store_true', help='BatchNorm between the layers of a grown pair')
     g.add_argument('--round-robin', action='store_true', help='one layer at each event, instead of all')
@@ -103,6 +104,15 @@ def setup_of(
     precision = FullPrecision() if args.amp is None else Autocast({'bf16':'bfloat16','fp16':'float16'}[args.amp])
     engine = Eager() if args.compile is None else Compiled(*args.compile.split(':',1))
     return Setup(replace(r,**given), method or args.method, args.seed if seed is None else seed, args.norm, args.equal_flops, precision, engine, not args.no_channels_last, args.check_every)
+
+# %% ../../nbs/experiments/04_train.ipynb #0000002a
+def _heeded(args, names):
+    "Refuse options of new neurons that none of the methods `names` looks at."
+    usual = contenders()
+    tried = {'--length':(args.length,contenders(length=FixedLength(7.))), '--loudness':(args.loudness,contenders(loudness=7.))}
+    deaf = [o for o,(value,other) in tried.items() if value and all(other[n]==usual[n] for n in names)]
+    if args.young_rate and not any(usual[n].grows for n in names): deaf.append('--young-rate')
+    if deaf: raise ValueError(f"{' and '.join(deaf)} would change nothing for {', '.join(names)}: leave it out, or name another method")
 
 # %% ../../nbs/experiments/04_train.ipynb #0000000e
 def _device(args):
@@ -228,6 +238,7 @@ def _side_by_side(args, tasks):
 # %% ../../nbs/experiments/04_train.ipynb #00000018
 def _sweep(args):
     "All runs that are missing; then the table of all."
+    _heeded(args, _names(args))
     data = _pictures(args)
     tasks,out = _open_tasks(args, data),Path(args.out).expanduser()
     print(f"{len(tasks)} runs to do, {args.jobs} at a time; Ctrl-C stops, the same command goes on", flush=True)
@@ -251,6 +262,7 @@ def train_command(
     try:
         if args.sweep: return _sweep(args)
         setup = setup_of(args)
+        _heeded(args, [setup.method])
         print(_said(one_run(args, setup, _pictures(args), Path(args.out).expanduser())), flush=True)
         return 0
     except (Stopped,KeyboardInterrupt) as e:

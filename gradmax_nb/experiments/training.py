@@ -18,7 +18,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 import torch
@@ -87,12 +87,14 @@ class OwnWidth:
         build,      # `width -> network`
         width:float # Of the seed
     )->nn.Module:
+        "The seed as it is drawn."
         return build(width)
 
 @dataclass(frozen=True)
 class Corner:
     "The seed is the corner of the full network: one draw for the full width, of which each layer keeps its first channels."
     def __call__(self, build, width:float)->nn.Module:
+        "The seed, from two networks that `build` draws."
         full = build(1.).state_dict()
         return load_corner(build(width), full)
 
@@ -116,6 +118,11 @@ class Recipe:
     loudness:float=1.         # Activation of new neurons, in multiples of the old ones', in `BoundMax` and `MirrorRandom-RMS`, which set lengths by it
     young:object=None         # Learning rates of new weights: `Times(factor)`, `NormRatio()`; None: as all others
     growth_batch:int=128      # Pictures a growth is measured on
+
+    def __post_init__(self):
+        for name in ('seed_weights','young'):
+            o = getattr(self,name)
+            if o is not None and (isinstance(o,type) or not is_dataclass(o)): raise TypeError(f"`{name}` must be an instance of a dataclass, which can be written into the configuration of a run, not {o!r}")
 
     @property
     def peak(self)->float: return self.lr*self.batch_size/128
@@ -350,9 +357,15 @@ def differences(
     found:dict, # A configuration
     asked:dict  # Another one
 )->list:        # Sentences
-    "Where two configurations differ."
-    a,b = flat(found),flat(asked)
+    "Where two configurations differ; what a recipe was written without has its default."
+    a,b = flat(_completed(found)),flat(_completed(asked))
     return [f"{k} is {a.get(k,'missing')} there and {b.get(k,'missing')} here" for k in dict.fromkeys([*a,*b]) if a.get(k,'missing')!=b.get(k,'missing')]
+
+def _completed(config):
+    "A configuration with the defaults of the fields that its recipe lacks."
+    if not isinstance(config.get('recipe'), dict): return config
+    usual = as_json({f.name:f.default if f.default_factory is MISSING else f.default_factory() for f in fields(Recipe) if (f.default,f.default_factory)!=(MISSING,MISSING)})
+    return {**config, 'recipe':{**usual,**config['recipe']}}
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000002f
 class Run:
@@ -454,7 +467,7 @@ def step(self:Run, xb, yb):
 def mean_loss(self:Run)->float:
     "Mean training loss of the epoch so far; raises `Diverged` if it is not finite."
     loss = self.loss_sum.item()/max(1,self.loss_count)
-    if not math.isfinite(loss): raise Diverged(f"{self.setup.method}, seed {self.setup.seed}: the training loss is {loss} within the 50 steps before step {self.t}; lower the learning rate or the length of new neurons")
+    if not math.isfinite(loss): raise Diverged(f"{self.setup.method}, seed {self.setup.seed}: the training loss is {loss} within the 50 steps before step {self.t}; lower the learning rate, that of new weights, or the length of new neurons")
     return loss
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000003d
