@@ -97,7 +97,7 @@ def newcomers(
 def _options(config, recipe):
     "What a run was told besides network, method, seed and epochs, as it is written in a command."
     found,usual = flat(config['recipe']),flat(as_json(recipe))
-    names = {'loudness':'--loudness', 'length.scale':'--length', 'young.factor':'--young-rate', 'growth_batch':'--growth-batch'}
+    names = {'lr':'--lr', 'loudness':'--loudness', 'length.scale':'--length', 'young.factor':'--young-rate', 'growth_batch':'--growth-batch'}
     return ' '.join([f'{o} {found[k]:g}' for k,o in names.items() if k in found and found[k]!=usual.get(k)] + (['--norm'] if config['norm'] else []))
 
 def _newcomers(site, old, xb):
