@@ -109,10 +109,10 @@ def _squares(p, shapes):
 def norms(self:YoungRates)->tuple: # Tensors `(growths,)`: of the young weights, of the seed's
     "Frobenius norms of what each growth added, and of the seed's part of the same parameters; vectors do not count."
     self.look()
-    young,seed = 0.,0.
-    for n,p,shapes in _grown(self):
+    young = seed = next(self.model.parameters()).new_zeros(self.growths, dtype=torch.float32)
+    for _,p,shapes in _grown(self):
         if p.dim()<2: continue
-        squares,added = _squares(p,shapes),torch.tensor([a!=b for a,b in zip(shapes,shapes[1:])], device=p.device)
+        squares,added = _squares(p,shapes).to(young.device),torch.tensor([a!=b for a,b in zip(shapes,shapes[1:])], device=young.device)
         young,seed = young+squares.diff().clamp_min(0.),seed+squares[0]*added
     return young.sqrt(),seed.sqrt()
 
