@@ -79,7 +79,6 @@ class YoungRates:
         return len(self.shapes)-1
 
     def __getstate__(self): return {**vars(self), '_kept':None, '_now':None, '_tables':{}}
-    def __getstate__(self): return {**vars(self), '_kept':None, '_now':None, '_tables':{}}
     def __repr__(self): return f"YoungRates({self.rule}: {self.growths} growths)"
 
 # %% ../nbs/02a_rates.ipynb #0000001f
@@ -123,19 +122,6 @@ def _factors(self):
     if len(factors)!=self.growths: raise ValueError(f"{self.rule!r} gave {len(factors)} factors after {self.growths} growths: one for each, relative to the seed")
     if not isinstance(factors,Tensor) and not all(isfinite(f) and f>=0 for f in factors): raise ValueError(f"{self.rule!r} gave the factors {list(factors)}: they must be finite and not negative")
     return factors
-
-# %% ../nbs/02a_rates.ipynb #00000046
-@patch
-def before_step(self:YoungRates):
-    "Keep the parameters that have young entries, and ask the rule."
-    self.look()
-    if not self.growths: return
-    factors,grown = _factors(self),[g for g in _grown(self) if g[1].requires_grad]
-    now = None if isinstance(factors,Tensor) else (*factors,)
-    if now is None or now!=self._now: self._now,self._tables = now,{}
-    for n,p,shapes in grown:
-        if n not in self._tables: self._tables[n] = _spread([1.,*factors], shapes, p.detach())
-    self._kept = {n:p.detach().clone() for n,p,_ in grown}
 
 # %% ../nbs/02a_rates.ipynb #00000045
 @patch
