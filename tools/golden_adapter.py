@@ -61,7 +61,8 @@ def networks():
 
 # The demo: digits
 
-class Enough(Exception): pass
+class Enough(Exception):
+    "So many steps were asked for."
 
 
 @cache
@@ -133,7 +134,8 @@ def demo_table(runs):
 # A tiny Wide-ResNet on patterns
 
 def wrn_names():
-    return ['BoundMax', 'GradMax', 'MirrorRandom-RMS', 'Baseline-Big', 'Baseline-Small', 'RandomGrowth', 'MirrorGradMax']
+    return ['BoundMax', 'GradMax', 'MirrorRandom-RMS', 'Baseline-Big', 'Baseline-Small',
+            'RandomGrowth', 'MirrorGradMax']
 
 
 def _tiny_wrn(width, classes, norm):
@@ -172,7 +174,7 @@ def student_names():
 
 
 def student_run(name, teacher=0, seeds=3):
-    "The small task: each student's loss after some steps of training, before and after the first growth, and in the end"
+    "The small task: losses of each student after some steps, the first growth being after 200, and in the end"
     task = students.Task(students.SMALL, teacher)
     course = students.travel(task, students.contenders(students.SMALL)[name], seeds)
     notes = {t: (width, loss.tolist()) for t, width, loss, _ in course.notes}
