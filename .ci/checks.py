@@ -15,7 +15,7 @@ try: import tomllib
 except ImportError: import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = 'theory surgery optim sites measure methods growth'.split()
+CORE = 'theory model.surgery model.optim core.sites core.measure methods train.growth'.split()
 HEAVY = {'fastai', 'matplotlib', 'ipywidgets'}
 
 

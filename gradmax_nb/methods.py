@@ -11,7 +11,7 @@ __all__ = ['Proposal', 'Incoming', 'Outgoing', 'MeanNorm', 'FixedLength', 'Sigma
 # %% ../nbs/03b_methods.ipynb #00000002
 from dataclasses import dataclass, field
 import torch
-from .measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, fewer, gain, gradient_in, input_samples, leading_directions,
+from .core.measure import (Measurement, activity, existing_incoming, existing_outgoing, existing_rms, subset, gain, gradient_in, input_samples, leading_directions,
     loss_with, positions, rank_of, top_directions_of, with_neurons)
 
 # %% ../nbs/03b_methods.ipynb #00000010
@@ -43,7 +43,8 @@ class Outgoing:
 # %% ../nbs/03b_methods.ipynb #00000017
 def _check_positive(rule, name):
     value = getattr(rule, name)
-    if value is not None and not value>0: raise ValueError(f"{type(rule).__name__} needs a positive {name}, got {value}: neurons of length 0 would never learn")
+    if value is not None and not value>0:
+        raise ValueError(f"{type(rule).__name__} needs a positive {name}, got {value}: neurons of length 0 would never learn")
 
 @dataclass
 class MeanNorm:
@@ -52,7 +53,8 @@ class MeanNorm:
     def __post_init__(self): _check_positive(self, 'scale')
     def __call__(self, m, directions, sigma, side):
         mean = side.existing(m).norm(dim=1).mean().item()
-        if mean==0: raise ValueError(f"`{m.site.name}`: the existing weights on the {type(side).__name__.lower()} side are all zero, so their mean length is no length for new ones; use FixedLength, or train a step first")
+        if mean==0:
+            raise ValueError(f"`{m.site.name}`: the existing weights on the {type(side).__name__.lower()} side are all zero, so their mean length is no length for new ones; use FixedLength, or train a step first")
         return torch.full_like(sigma, self.scale*mean)
 
 # %% ../nbs/03b_methods.ipynb #00000018
@@ -84,7 +86,8 @@ def _solve(
     length,power = start,torch.full_like(start,power)
     for _ in range(rounds):
         open_ = (now>0) & (power>.1) & ((wanted/now).log().abs()>.01)
-        if not open_.any(): break
+        if not open_.any():
+            break
         move = ((wanted/now).log()/power).clamp(-7,7)
         new = value(torch.where(open_, length*move.exp(), length))
         power = torch.where(open_, (new/now).log()/move, power)
@@ -99,10 +102,12 @@ class ActivationRMS:
     scale:float=1.  # Times this
     limit:float=10. # Longest new vector, in multiples of the existing ones' mean length: a neuron that fires on few samples would need an enormous one
     def __post_init__(self):
-        for name in ('scale','limit'): _check_positive(self, name)
+        for name in ('scale','limit'):
+            _check_positive(self, name)
 
     def __call__(self, m, directions, sigma, side):
-        if not isinstance(side, Incoming): raise ValueError(f"`{m.site.name}`: ActivationRMS sets incoming weights, but this method keeps them at zero; use MeanNorm, FixedLength or CurvatureBudget")
+        if not isinstance(side, Incoming):
+            raise ValueError(f"`{m.site.name}`: ActivationRMS sets incoming weights, but this method keeps them at zero; use MeanNorm, FixedLength or CurvatureBudget")
         start,wanted = MeanNorm()(m, directions, sigma, side),self.scale*existing_rms(m)
         rms = lambda lengths: activity(m, directions*lengths[:,None]).rms
         return _solve(rms, wanted, start, rms(start), 1.).minimum(self.limit*start) if wanted>0 else start
@@ -118,7 +123,7 @@ class SignRule:
     "Give each direction the sign under which its first step lowers the loss more."
     samples:int=32 # At least so many samples of the growth batch decide, more where they have few positions (4096 in all)
     def __call__(self, m, V, G):
-        few = fewer(m, max(self.samples, 4096//positions(m)))
+        few = subset(m, max(self.samples, 4096//positions(m)))
         up,down = gain(few, V, G)
         sign = torch.where(up>=down, 1., -1.).to(V)[:,None]
         return V*sign,G*sign
@@ -130,7 +135,8 @@ def _pick(P, score, k, similarity):
     order,taken = [i for i in score.argsort(descending=True).tolist() if score[i]>0],[]
     for limit in (lambda c: abs(c)<similarity, lambda c: c<similarity, lambda c: c<.999):
         for i in order:
-            if len(taken)<k and i not in taken and all(limit(C[i][j]) for j in taken): taken.append(i)
+            if len(taken)<k and i not in taken and all(limit(C[i][j]) for j in taken):
+                taken.append(i)
     return taken
 
 # %% ../nbs/03b_methods.ipynb #00000033
@@ -145,7 +151,8 @@ def ascend(
     angle = torch.full_like(value, lr)
     for _ in range(steps):
         x = best.detach().requires_grad_()
-        with torch.enable_grad(): g, = torch.autograd.grad(score(x).sum(), x)
+        with torch.enable_grad():
+            g, = torch.autograd.grad(score(x).sum(), x)
         tangent = _unit(g - (g*best).sum(1,keepdim=True)*best)
         trial = _unit(best*angle.cos()[:,None] + tangent*angle.sin()[:,None])
         new = score(trial).detach()
@@ -188,7 +195,8 @@ def _best_step(m, steps, chosen, v, u):
     "The multiple of `u`, out of powers of two, with which the neuron `v` lowers the batch loss most."
     size,V = existing_incoming(m).norm(dim=1).mean().clamp_min(1e-3),torch.cat([*chosen,v])
     trials = [u*size*2.**i for i in range(-8,4)]
-    with torch.no_grad(): losses = [loss_with(m, torch.cat([*steps,t]), V, True).item() for t in trials]
+    with torch.no_grad():
+        losses = [loss_with(m, torch.cat([*steps,t]), V, True).item() for t in trials]
     return trials[min(range(len(trials)), key=lambda i: losses[i] if losses[i]==losses[i] else float('inf'))]
 
 # %% ../nbs/03b_methods.ipynb #0000003a
@@ -232,7 +240,8 @@ def _strength(m, U):
 def _candidates(m, U, method):
     "Both signs of each direction, the climbed ones before them if the method climbs, and the scores of all."
     U,score = _unit(torch.cat([U,-U])),lambda u: method.score(activity(m, u*_size(m)))
-    if method.ascent is not None: U = torch.cat([ascend(score, U, method.ascent.steps, method.ascent.lr), U])
+    if method.ascent is not None:
+        U = torch.cat([ascend(score, U, method.ascent.steps, method.ascent.lr), U])
     return U,score(U)
 
 def _mirror(m, k, method, metric, back):
@@ -242,7 +251,8 @@ def _mirror(m, k, method, metric, back):
         U = U[:rank_of(m, sigma)]
         U,score = _candidates(m, U if metric is None else U@metric, method)
         best = _pick(U if back is None else U@back, score, k, method.similarity)
-        if len(best)==k: return _mirror_proposal(m, U[best], score[best], method.length)
+        if len(best)==k:
+            return _mirror_proposal(m, U[best], score[best], method.length)
     raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but this batch offers {len(best)} directions with a gradient, signs included; ask for fewer or give a larger growth batch")
 
 # %% ../nbs/03b_methods.ipynb #00000046
@@ -265,7 +275,8 @@ def _roots(S, floor):
 
 def _roots_from(h, floor):
     "`_roots` of `h.T@h`, through the products of the samples where there are fewer of these than dimensions."
-    if len(h)>=h.shape[1]: return _roots(h.T@h, floor)
+    if len(h)>=h.shape[1]:
+        return _roots(h.T@h, floor)
     values,P = torch.linalg.eigh((h@h.T).double())
     low = floor*values[-1].clamp_min(1e-300)
     values,P = values[values>low],P[:,values>low]
@@ -302,8 +313,10 @@ def _top_eigenvalue(apply, v, iters):
     Q,HQ = v.new_zeros(0,v.numel()),v.new_zeros(0,v.numel())
     for _ in range(min(iters, v.numel())):
         x = v.flatten()
-        for _ in range(2): x = x - (Q@x)@Q # twice is enough for orthogonality to rounding
-        if x.norm() <= 1e-6*v.norm(): break
+        for _ in range(2):
+            x = x - (Q@x)@Q # twice is enough for orthogonality to rounding
+        if x.norm() <= 1e-6*v.norm():
+            break
         Q = torch.cat([Q, (x/x.norm())[None]])
         v = apply(Q[-1].view_as(v))
         HQ = torch.cat([HQ, v.flatten()[None]])
@@ -344,11 +357,13 @@ class CurvatureBudget:
     lr:float=None          # Learning rate; None takes the largest of the optimizer given to `grow`
     fraction:float=1.      # 1 is the step that the descent bound likes best; 2 is the edge of stability
     def __post_init__(self):
-        for name in ('lr','fraction'): _check_positive(self, name)
+        for name in ('lr','fraction'):
+            _check_positive(self, name)
 
     def __call__(self, m, directions, sigma, side):
         lr = m.lr if self.lr is None else self.lr
-        if lr is None: raise ValueError(f"`{m.site.name}`: CurvatureBudget needs a learning rate; give it one (lr=...) or pass the optimizer to grow")
+        if lr is None:
+            raise ValueError(f"`{m.site.name}`: CurvatureBudget needs a learning rate; give it one (lr=...) or pass the optimizer to grow")
         lengths = self.base(m, directions, sigma, side)
         curvature = lambda scale: scale.new_full((1,), _curvature_at(m, directions*(lengths*scale)[:,None], side))
         one = lengths.new_ones(1)
@@ -377,11 +392,14 @@ def _adam(loss, params, project, steps, lr):
     params = [p.clone().requires_grad_() for p in params]
     opt = torch.optim.Adam(params, lr=lr)
     for _ in range(steps):
-        with torch.enable_grad(): grads = torch.autograd.grad(loss(*params), params)
-        for p,g in zip(params,grads): p.grad = g
+        with torch.enable_grad():
+            grads = torch.autograd.grad(loss(*params), params)
+        for p,g in zip(params,grads):
+            p.grad = g
         opt.step()
         with torch.no_grad():
-            for p,q in zip(params, project(*params)): p.copy_(q)
+            for p,q in zip(params, project(*params)):
+                p.copy_(q)
     return [p.detach() for p in params]
 
 # %% ../nbs/03b_methods.ipynb #00000071
@@ -413,7 +431,8 @@ class Firefly:
     length:object=field(default_factory=MeanNorm) # Length rule of the large side
 
     def __post_init__(self):
-        if not self.epsilon>0: raise ValueError(f"{type(self).__name__} needs a positive epsilon, got {self.epsilon}: at 0 the other side never receives a gradient")
+        if not self.epsilon>0:
+            raise ValueError(f"{type(self).__name__} needs a positive epsilon, got {self.epsilon}: at 0 the other side never receives a gradient")
 
     def lengths(self, m, U, V):
         "Lengths of incoming and outgoing vectors."

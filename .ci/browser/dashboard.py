@@ -205,7 +205,7 @@ def drive(way, pictures):
 
 BENCHMARK = """
 import platform, time, matplotlib, ipykernel, ipywidgets, fastai
-import gradmax_nb.dashboard as D
+import gradmax_nb.show.dashboard as D
 D._Ledger.__init__.__defaults__ = (time.process_time,)
 def wide(a, b): return nn.Sequential(nn.Conv2d(1,a,3,padding=1), nn.ReLU(), nn.Conv2d(a,b,3,padding=1), nn.ReLU(), nn.Conv2d(b,b,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16*b,10))
 def train(watched, widths, epochs):

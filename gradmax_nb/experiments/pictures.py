@@ -36,7 +36,8 @@ class PadCropFlip:
     padding:int=2 # Pixels on each side
 
     def __post_init__(self):
-        if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding<0: raise ValueError(f"the padding must be a whole number of pixels, got {self.padding!r}")
+        if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding<0:
+            raise ValueError(f"the padding must be a whole number of pixels, got {self.padding!r}")
 
     def draw(self, n:int, generator:torch.Generator)->torch.Tensor:
         "Random numbers for `n` pictures, `(n, 3)`: row, column, mirrored."
@@ -55,13 +56,16 @@ class PadCropFlip:
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000010
 def _branch(generator):
     "A new generator, seeded by one number from `generator`."
-    if not isinstance(generator, torch.Generator) or generator.device.type!='cpu': raise ValueError("the pictures' order needs a torch.Generator on the processor: torch.Generator().manual_seed(0)")
+    if not isinstance(generator, torch.Generator) or generator.device.type!='cpu':
+        raise ValueError("the pictures' order needs a torch.Generator on the processor: torch.Generator().manual_seed(0)")
     return torch.Generator().manual_seed(torch.randint(2**62, (), generator=generator).item())
 
 def _wanted(n, size, what):
     "`n` if it is a whole number from 1 to `size`."
-    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"{what} must be a whole number of at least 1, got {n!r}")
-    if n>size: raise ValueError(f"{what} is {n}, but there are only {size} training pictures")
+    if isinstance(n, bool) or not isinstance(n, int) or n<1:
+        raise ValueError(f"{what} must be a whole number of at least 1, got {n!r}")
+    if n>size:
+        raise ValueError(f"{what} is {n}, but there are only {size} training pictures")
     return n
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000011
@@ -105,7 +109,8 @@ class MemoryImages(_Images):
         device # Name of a device, or a `torch.device`
     ):
         "Move the pictures to `device` and keep them there."
-        for n in ('x','y','test_x','test_y'): setattr(self, n, getattr(self,n).to(device))
+        for n in ('x','y','test_x','test_y'):
+            setattr(self, n, getattr(self,n).to(device))
         return self
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000013
@@ -127,7 +132,8 @@ def _plan(images, n, generator):
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000016
 def _start(start, steps):
-    if isinstance(start, bool) or not isinstance(start, int) or not 0<=start<=steps: raise ValueError(f"`start` must be a number of batches from 0 to {steps}, got {start!r}")
+    if isinstance(start, bool) or not isinstance(start, int) or not 0<=start<=steps:
+        raise ValueError(f"`start` must be a number of batches from 0 to {steps}, got {start!r}")
     return start
 
 @patch
@@ -181,8 +187,10 @@ def _splits(path):
     "train/ and test/ below `path`."
     path = _root(path)
     test = next((path/n for n in ('test','val','valid') if (path/n).is_dir()), None)
-    if not (path/'train').is_dir(): raise ValueError(f"{path} has no folder train: pictures belong in train/CLASS/ and test/CLASS/")
-    if test is None: raise ValueError(f"{path} has no folder test (or val, valid): pictures belong in train/CLASS/ and test/CLASS/")
+    if not (path/'train').is_dir():
+        raise ValueError(f"{path} has no folder train: pictures belong in train/CLASS/ and test/CLASS/")
+    if test is None:
+        raise ValueError(f"{path} has no folder test (or val, valid): pictures belong in train/CLASS/ and test/CLASS/")
     return path/'train',test
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000024
@@ -194,10 +202,12 @@ class _Picture(NamedTuple):
 
 def _in_folder(place, split, label):
     "The pictures right in `place`, sorted, and its subfolders."
-    with os.scandir(place) as entries: shown = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+    with os.scandir(place) as entries:
+        shown = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
     files = [(e,e.stat()) for e in shown if e.is_file() and os.path.splitext(e.name)[1].lower() in _suffixes]
     below = Path(place).relative_to(split)
-    if files and not below.parts: raise ValueError(f"{files[0][0].path} lies outside any class: pictures belong in {split.name}/CLASS/")
+    if files and not below.parts:
+        raise ValueError(f"{files[0][0].path} lies outside any class: pictures belong in {split.name}/CLASS/")
     here,c = (split.name/below).as_posix(),str(label(below)) if files else None
     return [_Picture(e.path, c, f'{here}/{e.name}|{s.st_size}', s.st_mtime_ns) for e,s in files],[e.path for e in shown if e.is_dir()]
 
@@ -208,7 +218,8 @@ def _listing(split, label):
     while todo:
         place = todo.pop(0)
         pictures,folders = _in_folder(place, split, label)
-        if not pictures and not folders: raise ValueError(f"{place} holds no pictures: put some in, or remove the folder")
+        if not pictures and not folders:
+            raise ValueError(f"{place} holds no pictures: put some in, or remove the folder")
         found,todo = found+pictures,folders+todo
     return found
 
@@ -216,16 +227,20 @@ def _listing(split, label):
 def _classes(name, train, test):
     "Sorted names of the classes; raises `ValueError` if there is only one, or if training and test differ."
     a,b = ({p.label for p in o} for o in (train,test))
-    if a!=b: raise ValueError(f"{name}: {', '.join(sorted(a^b)[:5])}{' ...' if len(a^b)>5 else ''} is a class of the {'training' if a-b else 'test'} pictures only: both need the same classes")
-    if len(a)<2: raise ValueError(f"{name} has the single class {next(iter(a))!r}: there is nothing to tell apart")
+    if a!=b:
+        raise ValueError(f"{name}: {', '.join(sorted(a^b)[:5])}{' ...' if len(a^b)>5 else ''} is a class of the {'training' if a-b else 'test'} pictures only: both need the same classes")
+    if len(a)<2:
+        raise ValueError(f"{name} has the single class {next(iter(a))!r}: there is nothing to tell apart")
     return sorted(a)
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #0000002d
 def _open(path, work):
     "`work(picture)` of the picture at `path`; raises `ValueError` that names the file if it cannot be read."
     try:
-        with Image.open(path) as im: return work(im)
-    except (OSError,SyntaxError,Image.DecompressionBombError) as e: raise ValueError(f"{path} cannot be read as a picture ({type(e).__name__}): remove or replace it") from None
+        with Image.open(path) as im:
+            return work(im)
+    except (OSError,SyntaxError,Image.DecompressionBombError) as e:
+        raise ValueError(f"{path} cannot be read as a picture ({type(e).__name__}): remove or replace it") from None
 
 def _square(w, h, share=1.):
     "The box of the middle square, `share` of the shorter side."
@@ -241,7 +256,8 @@ def _read(path, size):
     "Bytes of a picture, `(3, h, w)`, and whether it was converted."
     def work(im):
         rgb = im if im.mode=='RGB' else im.convert('RGB')
-        if size and rgb.size!=(size,size): rgb = rgb.resize((size,size), Image.Resampling.BILINEAR, box=_square(*rgb.size), reducing_gap=2.)
+        if size and rgb.size!=(size,size):
+            rgb = rgb.resize((size,size), Image.Resampling.BILINEAR, box=_square(*rgb.size), reducing_gap=2.)
         return _bytes(rgb),im.mode!='RGB'
     return _open(path, work)
 
@@ -249,7 +265,8 @@ def _read_block(paths, size):
     "Bytes of several pictures of one size, and how many were converted."
     read = [_read(p,size) for p in paths]
     for p,(x,_) in zip(paths,read):
-        if x.shape!=read[0][0].shape: raise ValueError(f"{p} has {x.shape[2]}x{x.shape[1]} pixels, {paths[0]} has {read[0][0].shape[2]}x{read[0][0].shape[1]}: give a size to bring all pictures to")
+        if x.shape!=read[0][0].shape:
+            raise ValueError(f"{p} has {x.shape[2]}x{x.shape[1]} pixels, {paths[0]} has {read[0][0].shape[2]}x{read[0][0].shape[1]}: give a size to bring all pictures to")
     return torch.stack([x for x,_ in read]),sum(c for _,c in read)
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #0000002f
@@ -259,21 +276,25 @@ def _bar(blocks, total, show):
 
 def _read_all(paths, size, workers, show):
     "Bytes of all pictures, `(n, 3, h, w)`, and how many were converted."
-    if size is None: size_of_first = _read(paths[0],None)[0].shape
+    if size is None:
+        size_of_first = _read(paths[0],None)[0].shape
     blocks = [paths[i:i+250] for i in range(0,len(paths),250)]
     with ThreadPoolExecutor(workers) as pool:
-        try: done = list(_bar(pool.map(lambda b: _read_block(b,size), blocks), len(blocks), show))
+        try:
+            done = list(_bar(pool.map(lambda b: _read_block(b,size), blocks), len(blocks), show))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     for b,(x,_) in zip(blocks,done):
-        if size is None and x.shape[1:]!=size_of_first: raise ValueError(f"{b[0]} has {x.shape[3]}x{x.shape[2]} pixels, {paths[0]} has {size_of_first[2]}x{size_of_first[1]}: give a size to bring all pictures to")
+        if size is None and x.shape[1:]!=size_of_first:
+            raise ValueError(f"{b[0]} has {x.shape[3]}x{x.shape[2]} pixels, {paths[0]} has {size_of_first[2]}x{size_of_first[1]}: give a size to bring all pictures to")
     return torch.cat([x for x,_ in done]),sum(c for _,c in done)
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000035
 def _hash(*parts):
     h = hashlib.sha256()
-    for p in parts: h.update(p if isinstance(p, (bytes,memoryview)) else str(p).encode())
+    for p in parts:
+        h.update(p if isinstance(p, (bytes,memoryview)) else str(p).encode())
     return h.hexdigest()[:16]
 
 def _pixels(tensors): return _hash(*(memoryview(tensors[n].numpy()).cast('B') for n in ('train','test')))
@@ -286,24 +307,29 @@ def _store(path, tensors, text):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, new, metadata={'pictures':json.dumps(text)})
         os.replace(new, path)
-    except (OSError,SafetensorError) as e: warnings.warn(f"the pictures could not be kept for the next time in {path.parent} ({e}): choose another cache folder")
+    except (OSError,SafetensorError) as e:
+        warnings.warn(f"the pictures could not be kept for the next time in {path.parent} ({e}): choose another cache folder")
     finally:
-        if new.exists(): new.unlink()
+        if new.exists():
+            new.unlink()
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000037
 def _stored(path):
     "Tensors and text of a cache file, or None if there is none or it is damaged."
     try:
-        with safe_open(path, 'pt') as f: tensors,text = {n:f.get_tensor(n) for n in ('train','test')},json.loads(f.metadata()['pictures'])
+        with safe_open(path, 'pt') as f:
+            tensors,text = {n:f.get_tensor(n) for n in ('train','test')},json.loads(f.metadata()['pictures'])
         return (tensors,text) if _pixels(tensors)==text['pixels'] else None
-    except (OSError,SafetensorError,KeyError,TypeError,ValueError): return None
+    except (OSError,SafetensorError,KeyError,TypeError,ValueError):
+        return None
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000038
 def _read_or_recall(train, test, size, cache, workers, show):
     "Bytes of both splits and facts about them: from the cache, or from the files."
     listed = train+test
     kept = cache/'pictures'/f"{_hash(*((p.key,p.changed) for p in listed), size)}.safetensors"
-    if (found := _stored(kept)) is not None: return found
+    if (found := _stored(kept)) is not None:
+        return found
     x,converted = _read_all([p.path for p in listed], size, workers, show)
     tensors = dict(zip(('train','test'), (t.clone() for t in x.split([len(train),len(test)]))))
     text = dict(pixels=_pixels(tensors), converted_to_rgb=converted)
@@ -419,24 +445,31 @@ def test(self:FolderImages,
 # %% ../../nbs/experiments/00b_pictures.ipynb #0000004d
 def _pictures_only(member, path):
     "Filter for `tarfile`: folders and pictures, checked; None for everything else."
-    if not (member.isdir() or member.isreg() and Path(member.name).suffix.lower() in _suffixes): return None
+    if not (member.isdir() or member.isreg() and Path(member.name).suffix.lower() in _suffixes):
+        return None
     return tarfile.data_filter(member, path)
 
 def _unpacked(archive, cache):
     "The folder in the cache that `archive` was unpacked into; unpacks it the first time."
     s = archive.stat()
-    if not hasattr(tarfile, 'data_filter'): raise RuntimeError(f"unpacking {archive} safely needs Python 3.10.12, 3.11.4 or later: update Python, or give the unpacked folder")
+    if not hasattr(tarfile, 'data_filter'):
+        raise RuntimeError(f"unpacking {archive} safely needs Python 3.10.12, 3.11.4 or later: update Python, or give the unpacked folder")
     target = cache/'archives'/f"{archive.name.split('.')[0]}-{_hash(archive.resolve(), s.st_size, s.st_mtime_ns)}"
-    if target.is_dir(): return target
+    if target.is_dir():
+        return target
     new = target.with_name(f'.{target.name}.{secrets.token_hex(4)}')
     try:
         new.mkdir(parents=True)
-        with tarfile.open(archive) as tar: tar.extractall(new, filter=_pictures_only)
+        with tarfile.open(archive) as tar:
+            tar.extractall(new, filter=_pictures_only)
         _splits(new)
         os.replace(new, target)
-    except (tarfile.TarError,EOFError) as e: raise ValueError(f"{archive} cannot be unpacked ({type(e).__name__}: {e}): give a folder of pictures, or a .tar.gz archive of one") from None
-    except ValueError: raise ValueError(f"{archive} holds something else: an archive of pictures has a folder with train/CLASS/ and test/CLASS/ in it") from None
-    finally: shutil.rmtree(new, ignore_errors=True)
+    except (tarfile.TarError,EOFError) as e:
+        raise ValueError(f"{archive} cannot be unpacked ({type(e).__name__}: {e}): give a folder of pictures, or a .tar.gz archive of one") from None
+    except ValueError:
+        raise ValueError(f"{archive} holds something else: an archive of pictures has a folder with train/CLASS/ and test/CLASS/ in it") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return target
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #0000004e
@@ -445,9 +478,12 @@ def _located(data, cache):
     if str(data).startswith(('http://','https://')):
         from fastai.data.external import untar_data
         path = Path(untar_data(str(data)))
-    else: path = Path(data).expanduser()
-    if path.is_dir(): return path,_root(path).resolve().name
-    if path.is_file(): return _unpacked(path,cache),path.name.split('.')[0]
+    else:
+        path = Path(data).expanduser()
+    if path.is_dir():
+        return path,_root(path).resolve().name
+    if path.is_file():
+        return _unpacked(path,cache),path.name.split('.')[0]
     raise ValueError(f"there is no folder or archive {path}: give one that holds train/CLASS/ and test/CLASS/, or an address such as fastai's URLs.CIFAR")
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #0000004f
@@ -462,7 +498,8 @@ def load_images(
     show:bool=True     # Show a progress bar while reading
 ):                     # `MemoryImages` or `FolderImages`
     "Find the pictures of `data`, check them, and keep them in memory if they are small."
-    if size is not None and (isinstance(size,bool) or not isinstance(size,int) or size<8): raise ValueError(f"the size must be a whole number of at least 8 pixels, got {size!r}")
+    if size is not None and (isinstance(size,bool) or not isinstance(size,int) or size<8):
+        raise ValueError(f"the size must be a whole number of at least 8 pixels, got {size!r}")
     cache = xdg_cache_home()/'gradmax_nb' if cache is None else Path(cache).expanduser()
     path,name = _located(data, cache)
     train,test = (_listing(s,label) for s in _splits(path))
@@ -471,7 +508,8 @@ def load_images(
     shape = (size,size) if size else _open(train[0].path, lambda im: im.size)
     small = max(shape)<=64 and 3*math.prod(shape)*len(train+test)<=memory*2**30
     in_memory = isinstance(augment,PadCropFlip) or augment is None and small
-    if in_memory: return _in_memory(name, train, test, classes, facts, augment or PadCropFlip(), size, cache, workers or min(8, os.cpu_count() or 1), show)
+    if in_memory:
+        return _in_memory(name, train, test, classes, facts, augment or PadCropFlip(), size, cache, workers or min(8, os.cpu_count() or 1), show)
     return _in_files(name, train, test, classes, facts, augment or ResizedCropFlip(), size, workers)
 
 # %% ../../nbs/experiments/00b_pictures.ipynb #00000050
@@ -485,6 +523,7 @@ def _in_memory(name, train, test, classes, facts, augment, size, cache, workers,
     return MemoryImages(name, classes, *splits, augment, dict(facts, **text))
 
 def _in_files(name, train, test, classes, facts, augment, size, workers):
-    if size is None: raise ValueError(f"{name}: give the size of the network's input, for instance size=128 or size=224, since these pictures stay in their files and are cut when they are needed")
+    if size is None:
+        raise ValueError(f"{name}: give the size of the network's input, for instance size=128 or size=224, since these pictures stay in their files and are cut when they are needed")
     splits = ([(p.path,c) for p,c in zip(o,_labels(o,classes))] for o in (train,test))
     return FolderImages(name, classes, *splits, size, augment, workers, facts)

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from numbers import Real
 from torch import nn
-from ..sites import find_sites
+from ..core.sites import find_sites
 
 # %% ../../nbs/experiments/00_zoo.ipynb #00000006
 def _conv(c_in, c_out, stride=1, size=3, groups=1): return nn.Conv2d(c_in, c_out, size, stride, size//2, groups=groups, bias=False)
@@ -20,17 +20,21 @@ def _norm(between, channels): return OrderedDict() if between is None else Order
 def _he(model):
     "`model` with He-normal weights and zero biases in its convolutions and linear layers."
     for m in model.modules():
-        if not isinstance(m, (nn.Conv2d,nn.Linear)): continue
+        if not isinstance(m, (nn.Conv2d,nn.Linear)):
+            continue
         nn.init.kaiming_normal_(m.weight)
-        if m.bias is not None: nn.init.zeros_(m.bias)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
     return model
 
 # %% ../../nbs/experiments/00_zoo.ipynb #00000008
 def _channels(full, width, name):
     "`width` times `full` channels; raises `ValueError` if that is no whole number of at least 1."
-    if isinstance(width, bool) or not isinstance(width, Real) or not (math.isfinite(width) and width>0): raise ValueError(f"the width must be a positive number, such as 0.25 or 1, got {width!r}")
+    if isinstance(width, bool) or not isinstance(width, Real) or not (math.isfinite(width) and width>0):
+        raise ValueError(f"the width must be a positive number, such as 0.25 or 1, got {width!r}")
     n = float(full*width)
-    if n<1 or abs(n-round(n))>1e-6: raise ValueError(f"width {width:g} gives {n:g} channels in `{name}`, which has {full} at width 1: use a multiple of 1/{full}")
+    if n<1 or abs(n-round(n))>1e-6:
+        raise ValueError(f"width {width:g} gives {n:g} channels in `{name}`, which has {full} at width 1: use a multiple of 1/{full}")
     return round(n)
 
 # %% ../../nbs/experiments/00_zoo.ipynb #0000000b
@@ -64,7 +68,8 @@ def wide_resnet(
     depth:int=28    # Layers, 6n+4: three stages of n blocks
 )->nn.Module:
     "WRN-28-1 for small pictures, `(n, 3, 32, 32)`."
-    if depth<10 or depth%6!=4: raise ValueError(f"a Wide-ResNet has 6n+4 layers (10, 16, 22, 28, ...), not {depth}")
+    if depth<10 or depth%6!=4:
+        raise ValueError(f"a Wide-ResNet has 6n+4 layers (10, 16, 22, 28, ...), not {depth}")
     layers,c_in = OrderedDict(stem=_conv(3,16)),16
     for i,c in enumerate((16,32,64),1):
         layers[f'stage{i}'] = _stage(c_in, c, 1 if i==1 else 2, (depth-4)//6, _channels(c,width,f'stage{i}.0.conv1'), between)
@@ -124,9 +129,11 @@ def target_widths(
 )->dict:             # Site name -> width in `big`, in forward order, for the sites that are narrower in `small`
     "How far each site has to grow; raises `ValueError` if growth cannot lead from `small` to `big`."
     now,then = _widths(small,xb),_widths(big,xb)
-    if list(now)!=list(then): raise ValueError(f"these are different networks: {', '.join(sorted({*now}^{*then}))} is a site of one of them only")
+    if list(now)!=list(then):
+        raise ValueError(f"these are different networks: {', '.join(sorted({*now}^{*then}))} is a site of one of them only")
     wider = [n for n in now if now[n]>then[n]]
-    if wider: raise ValueError(f"`{wider[0]}` has {now[wider[0]]} channels in the small network and {then[wider[0]]} in the big one: give the small one first")
+    if wider:
+        raise ValueError(f"`{wider[0]}` has {now[wider[0]]} channels in the small network and {then[wider[0]]} in the big one: give the small one first")
     return {n:w for n,w in then.items() if w>now[n]}
 
 # %% ../../nbs/experiments/00_zoo.ipynb #00000027
@@ -137,8 +144,10 @@ def per_event(
     events:int=12    # Number of growth events
 )->dict:             # Site name -> new channels at each event
     "Equal steps from `small` to `big`; raises `ValueError` if the way cannot be divided by `events`."
-    if isinstance(events, bool) or not isinstance(events, int) or events<1: raise ValueError(f"the number of growth events must be a whole number of at least 1, got {events!r}")
+    if isinstance(events, bool) or not isinstance(events, int) or events<1:
+        raise ValueError(f"the number of growth events must be a whole number of at least 1, got {events!r}")
     now,targets = _widths(small,xb),target_widths(small, big, xb)
     for n,w in targets.items():
-        if (w-now[n])%events: raise ValueError(f"`{n}` has to grow from {now[n]} to {w} channels, which {events} equal events cannot do: choose a divisor of {math.gcd(*(t-now[o] for o,t in targets.items()))} as the number of events")
+        if (w-now[n])%events:
+            raise ValueError(f"`{n}` has to grow from {now[n]} to {w} channels, which {events} equal events cannot do: choose a divisor of {math.gcd(*(t-now[o] for o,t in targets.items()))} as the number of events")
     return {n:(w-now[n])//events for n,w in targets.items()}
