@@ -3,7 +3,7 @@ from .model.surgery import *
 from .model.optim import *
 from .train.rates import *
 from .core.sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
-from .core.measure import Measurement, measure
+from .core.measure import Measurement, Side, measure
 from .methods import *
 from .train.growth import *
 from .train.schedules import *

@@ -6,8 +6,8 @@
 __all__ = ['apply_layer', 'weight_gradient', 'input_gradient', 'Captured', 'recording', 'untouched', 'samples_in', 'as_batches',
            'smallest_offset', 'Offset', 'OperatingPoint', 'zero_extensions', 'operating_point', 'Measurement',
            'incoming_weight', 'outgoing_weights', 'outgoing_directions', 'existing_incoming', 'existing_outgoing',
-           'path_slopes', 'path_jvp', 'path_vjp', 'positions', 'gradient_in', 'gradient_out', 'measure', 'top_singular',
-           'growth_matrix_of', 'subset', 'leading_directions', 'top_directions_of', 'rank_of', 'gain',
+           'Side', 'path_slopes', 'path_jvp', 'path_vjp', 'positions', 'gradient_in', 'gradient_out', 'measure',
+           'top_singular', 'growth_matrix_of', 'subset', 'leading_directions', 'top_directions_of', 'rank_of', 'gain',
            'set_norm_statistics', 'Activity', 'activity', 'existing_rms', 'input_samples', 'input_energy', 'adding',
            'loss_with', 'with_neurons']
 
@@ -17,6 +17,7 @@ import random
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 import torch
 import torch.nn.functional as F
@@ -414,6 +415,18 @@ def existing_outgoing(
 )->torch.Tensor:  # `(width, cols)`
     "Outgoing weights of the present neurons, `(width, cols)`."
     return outgoing_directions(m, [c.weight.detach() for c in m.consumers])
+
+# %% ../../nbs/core/01_measure.ipynb #000000f0
+class Side(Enum):
+    "A side of new neurons: their incoming or their outgoing weights."
+    INCOMING = 'incoming'
+    OUTGOING = 'outgoing'
+
+    def existing(self,
+        m:Measurement # Measurement of one site
+    )->torch.Tensor:  # `(width, rows)` or `(width, cols)`
+        "Weights of the present neurons on this side."
+        return existing_incoming(m) if self is Side.INCOMING else existing_outgoing(m)
 
 # %% ../../nbs/core/01_measure.ipynb #00000066
 def _local(m):
@@ -926,16 +939,16 @@ def adding(
     m:Measurement,      # Site
     U:torch.Tensor,     # Incoming weights, `(k, rows)`
     V:torch.Tensor,     # Outgoing weights, `(k, cols)`
-    zero_incoming:bool  # Whether the path is set up for neurons that start at zero
+    zero:Side           # The side at which these neurons start at zero
 ):
     "A function for `recording` that adds these neurons' contribution to every consumer's output."
-    point = m.point if zero_incoming else OperatingPoint()
-    extensions = zero_extensions(m.site,len(U),point) if zero_incoming else set_norm_statistics(m,U,make_extensions(m.site,len(U)))
+    point = m.point if zero is Side.INCOMING else OperatingPoint()
+    extensions = zero_extensions(m.site,len(U),point) if zero is Side.INCOMING else set_norm_statistics(m,U,make_extensions(m.site,len(U)))
     def extra(site, j, x):
         z = apply_layer(site.producer, _pad(site.producer,x), incoming_weight(m,U))
         base = torch.full_like(z, point.bias + point.offsets.get(site.name,0.))
         read = lambda z: _pad(site.consumers[j], run_path(site,z,extensions,point.offsets)[j])
-        a = read(base+z)-read(base) if zero_incoming else read(z) # their constant is taken out of the consumer's bias
+        a = read(base+z)-read(base) if zero is Side.INCOMING else read(z) # their constant is taken out of the consumer's bias
         return apply_layer(site.consumers[j], a, outgoing_weights(m,V)[j])
     return extra
 
@@ -944,10 +957,10 @@ def loss_with(
     m:Measurement,      # Site
     U:torch.Tensor,     # Incoming weights, `(k, rows)`; may require a gradient
     V:torch.Tensor,     # Outgoing weights, `(k, cols)`; likewise
-    zero_incoming:bool  # Whether the path is set up for neurons that start at zero
+    zero:Side           # The side at which these neurons start at zero
 )->torch.Tensor:
     "The growth batch's loss with candidate neurons in place, differentiable."
-    return m.virtual_loss(adding(m,U,V,zero_incoming))
+    return m.virtual_loss(adding(m,U,V,zero))
 
 # %% ../../nbs/core/01_measure.ipynb #000000ce
 def with_neurons(
@@ -956,5 +969,5 @@ def with_neurons(
     V:torch.Tensor  # Their outgoing directions, `(k, cols)`
 )->Measurement:     # Of the same batches
     "The measurement as it would be with candidate neurons in place."
-    loss,batches = m.rerun(adding(m, U, V, True))
+    loss,batches = m.rerun(adding(m, U, V, Side.INCOMING))
     return Measurement(m.site, batches, loss, m.rerun, m.virtual_loss, m.lr, m.seed+1)

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..train.checkpoint import load_grown, peek_grown, restore_rng, rng_state, save_grown
 from .records import hardware, versions, write_text
 from ..train.growth import grow
-from ..core.measure import smallest_offset, untouched
+from ..core.measure import Side, smallest_offset, untouched
 from ..methods import (ActivationRMS, AsComputed, BoundMax, Firefly, GradMax, GradMaxOpt, MeanNorm, MirrorFirefly, MirrorGradMax, MirrorGradMaxOpt, MirrorRandom,
     OfficialRandom, RandomGrowth)
 from ..train.rates import YoungRates
@@ -522,7 +522,7 @@ def _change(before, after): return ((after-before).abs().max()/before.abs().max(
 def _start(rec):
     "Per layer whose new weights start at zero: `weights -> (k, ...)`, the part that belongs to the new neurons."
     a,b = rec.old_width,rec.new_width
-    if not rec.mirror:
+    if rec.zero is Side.INCOMING:
         return [(rec.site.producer, lambda w: w[a:b,:rec.fan_in].flatten(1))]
     return [(c, lambda w,s=r.features: w[:,a*s:b*s].unflatten(1,(b-a,s)).transpose(0,1).flatten(1)) for c,r in zip(rec.site.consumers,rec.site.links)]
 

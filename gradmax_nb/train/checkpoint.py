@@ -433,7 +433,7 @@ def _row(o):
     if not isinstance(o, Growth):
         return o
     return {'site': o.site.name, 'old_width': o.old_width, 'new_width': o.new_width, 'sigma': o.sigma.tolist(), 'predicted': o.predicted,
-            'method': repr(o.method), 'loss': o.loss, 'mirror': o.mirror, 'notes': list(o.notes)}
+            'method': repr(o.method), 'loss': o.loss, 'zero': o.zero.value, 'notes': list(o.notes)}
 
 def _history_facts(history, tensors):
     if history is None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
-from ..core.measure import (Offset, apply_layer, incoming_weight, smallest_offset, measure, outgoing_weights, set_norm_statistics, untouched, zero_extensions,
+from ..core.measure import (Offset, Side, apply_layer, incoming_weight, smallest_offset, measure, outgoing_weights, set_norm_statistics, untouched, zero_extensions,
     _base, _loss, _pad, _z_shape, as_batches)
 from ..model.optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from ..core.sites import NewNeurons, Site, as_inputs, evaluating, make_extensions, run_path, widen
@@ -31,7 +31,7 @@ class Growth:
     predicted:float       # Norm of the gradient autograd will measure on the new weights that start at zero
     method:object         # The method
     loss:float            # Loss of the growth batch before growing
-    mirror:bool           # True if the outgoing weights are the ones that start at zero
+    zero:Side             # The side of the new weights that starts at zero
     notes:list=field(default_factory=list) # What was decided about activations and norms, in words
     fan_in:int=0          # Input channels of the producer when it was measured
 
@@ -62,7 +62,7 @@ def _shift(m, V, j, a):
 def _new_neurons(m, p):
     "The proposal `p` as weights in the layout of the layers, and the hooks that go with them."
     k,weights = len(p.incoming),tuple(outgoing_weights(m,p.outgoing))
-    if p.mirror:
+    if p.zero is Side.OUTGOING:
         extensions = set_norm_statistics(m, p.incoming, make_extensions(m.site,k))
         return NewNeurons(incoming_weight(m,p.incoming), weights, extensions=extensions),{},{}
     extensions = zero_extensions(m.site, k, m.point)
@@ -193,7 +193,7 @@ def _plan(m, k, method):
     return (p,*_new_neurons(m,p))
 
 def _record(m, p, method):
-    return Growth(m.site, m.site.width, m.site.width+len(p.incoming), p.sigma.detach().cpu(), float(p.predicted), method, m.loss, p.mirror, [] if p.mirror else list(m.point.notes), m.weight.shape[1])
+    return Growth(m.site, m.site.width, m.site.width+len(p.incoming), p.sigma.detach().cpu(), float(p.predicted), method, m.loss, p.zero, [] if p.zero is Side.OUTGOING else list(m.point.notes), m.weight.shape[1])
 
 # %% ../../nbs/train/00_growth.ipynb #0000001c
 def grow(
@@ -239,13 +239,13 @@ def measured_norm(
 )->float:
     "Gradient norm of the new weights that start at zero, by autograd on the grown model."
     site = rec.site
-    weights = [c.weight for c in site.consumers] if rec.mirror else [site.producer.weight]
+    weights = [c.weight for c in site.consumers] if rec.zero is Side.OUTGOING else [site.producer.weight]
     with untouched(site.model), torch.enable_grad():
         pairs = as_batches(batch)
         sizes = [len(as_inputs(xb)[0]) for xb,_ in pairs]
         loss = sum(_loss(site.model,xb,yb,loss_func)*n/sum(sizes) for (xb,yb),n in zip(pairs,sizes))
         grads = torch.autograd.grad(loss, weights)
-    if not rec.mirror:
+    if rec.zero is Side.INCOMING:
         return grads[0][rec.old_width:rec.new_width,:rec.fan_in].norm().item()
     new = [g[:,rec.old_width*r.features:rec.new_width*r.features] for g,r in zip(grads,site.links)]
     return torch.cat([g.flatten() for g in new]).norm().item()
