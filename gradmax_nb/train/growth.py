@@ -89,7 +89,7 @@ def _ties(m, j):
 
 # %% ../../nbs/train/00_growth.ipynb #00000090
 def _counter_offsets(m, constants):
-    "Link name -> what is to be added to its new inputs, so that a tiny offset decides no tie."
+    "Consumer name -> what is to be added to its new inputs, so that a tiny offset decides no tie."
     out = {}
     for j,(r,a) in enumerate(zip(m.site.links,constants)):
         if a.any() and _is_tiny(a) and a.min()==a.max() and _ties(m,j):
