@@ -1,4 +1,4 @@
-"""Opens every page of the site in a headless Chromium, straight from the files: `python .ci/browser/pages.py [FOLDER] [--pictures FOLDER]`.
+"""Opens every page of the site in a headless Chromium, straight from the files: `python tools/browser/pages.py [FOLDER] [--pictures FOLDER]`.
 
 Each page in light, dark and at a width of 390 px: nothing on the console, no request to another host, no horizontal overflow, formulas
 drawn, sliders that move their figures, no serious finding of axe-core; and the search finds what it should. Needs Debian's chromium

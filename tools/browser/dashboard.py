@@ -1,4 +1,4 @@
-"""Drives GrowthDashboard in a real JupyterLab: `python .ci/browser/dashboard.py [--pictures FOLDER] [--benchmark]`.
+"""Drives GrowthDashboard in a real JupyterLab: `python tools/browser/dashboard.py [--pictures FOLDER] [--benchmark]`.
 
 A headless Chromium starts a training, presses *Grow now*, *Pause*, *Resume* and *Stop*, and compares what it sees with the model
 and the record: with the training in a thread and no subshells, and in a cell that blocks, with them. Needs `pip install

@@ -1,4 +1,4 @@
-"""What can be wrong with the rendered pages: `python check_pages.py [FOLDER]` prints what it finds in docs/ and exits with 1, or with 0.
+"""What can be wrong with the rendered pages: `python tools/check_pages.py [FOLDER]` prints what it finds in docs/ and exits with 1, or with 0.
 
 `build_site.py` runs the same checks, and those of the notebooks' names, on what it has built."""
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bs4 import BeautifulSoup
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 URLS = 'href', 'src', 'srcset', 'poster', 'data', 'action'
 REMOTE = re.compile(r'\s*(?:https?:|wss?:|ftp:)?//', re.I)
 

@@ -1,4 +1,4 @@
-"""Renders the notebooks of nbs/ to the static site in docs/: `python build_site.py`, or `python build_site.py FOLDER` for another place.
+"""Renders the notebooks of nbs/ to the static site in docs/: `python tools/build_site.py`, or `python tools/build_site.py FOLDER` for another place.
 The home page is also written as README.md.
 
 nbdev runs imports, exports and `show_doc`; this script rewrites the result for Sphinx (myst-nb, furo) and checks the pages.
@@ -32,10 +32,12 @@ from sphinx.application import Sphinx
 from sphinx.util.console import nocolor
 
 import check_pages
+import house
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 NBS, DOCS, SITE, HTML = ROOT/'nbs', ROOT/'docs', ROOT/'_proc'/'site', ROOT/'_proc'/'html'
-SECTIONS = {'Learn': '.', 'Tutorials': 'tutorials', 'Experiments': 'experiments'}
+SECTIONS = {'Theory': '.', 'Tutorials': 'tutorials', 'The model': 'model', 'The core': 'core', 'Methods': 'methods', 'Training': 'train',
+            'Pictures': 'show', 'Experiments': 'experiments', 'Promises': 'promises'}
 EMPTY = inspect.Parameter.empty
 WIDGETS = 'application/vnd.jupyter.widget-state+json'
 PROBLEMS = []  # what is found while the pages are written
@@ -63,20 +65,19 @@ def process(path):
 
 
 class Entry(nbdev.showdoc.BasicMarkdownRenderer):
-    "What `show_doc` shows of an exported name: link to the source, signature, docstring, table of parameters"
+    "What `show_doc` shows of an exported name: signature, docstring, table of parameters; the source is folded below"
     module = None  # exported by the page that is processed; its cells define the same names anew
     def _repr_markdown_(self):
         try: self.sym = attrgetter(self.nm)(self.module)
         except AttributeError: pass
-        where = source_of(self.sym)
-        link = f'[source](/source/{where}.html#{self.nm})\n\n' if where else ''
-        return f"{link}{'#'*self.title_level} {self.nm}\n\n```python\n{signature(self.sym, self.nm)}\n```\n\n*{inspect.getdoc(self.sym) or ''}*\n\n{table(self.sym, self.nm)}"
+        title = f"{'#'*self.title_level} {self.nm}"
+        call = f'```python\n{signature(self.sym, self.nm)}\n```'
+        return f"{title}\n\n{call}\n\n*{inspect.getdoc(self.sym) or ''}*\n\n{table(self.sym, self.nm)}"
 
 
-def source_of(fn):
-    "The module of `fn` as a path below the package: `experiments/demo`; None if it is not ours"
-    parts = (getattr(fn, '__module__', None) or '').split('.')
-    return '/'.join(parts[1:]) if parts[0] == 'gradmax_nb' and parts[1:] else None
+def page_of(module):
+    "The page of a module as a path below the package: `experiments/demo`"
+    return '/'.join(module.__name__.split('.')[1:])
 
 
 def parameters(sym):
@@ -130,10 +131,7 @@ def undocumented():
 
 def modules():
     "The modules of the package in reading order"
-    order = re.findall(r'^from \.(\w+) import', (ROOT/'gradmax_nb'/'all.py').read_text(encoding='utf-8'), re.M)
-    rest = sorted('.'.join(p.relative_to(ROOT/'gradmax_nb').with_suffix('').parts) for p in (ROOT/'gradmax_nb').rglob('*.py'))
-    names = dict.fromkeys([*order, *(n for n in rest if not n.rpartition('.')[2].startswith('_') and n != 'all')])
-    return [m for m in (import_module(f'gradmax_nb.{n}') for n in names) if hasattr(m, '__all__')]
+    return [import_module(f'gradmax_nb.{n}') for n in house.reading_order()]
 
 
 def slug(title):
@@ -189,7 +187,7 @@ def relink(text, page, known):
         inside = (NBS/page.parent/m[2].split('#')[0]).resolve().is_relative_to(NBS)
         return m[0] if inside else m[1]  # a site that is served alone has no checkout around it
 
-    text = re.sub(r'\[source\]\((/source/[^)]+)\)', lambda m: f'<a class="src" href="{up}{m[1][1:]}">source</a>', text)
+    text = re.sub(r'(?<!!)\[([^\]]*)\]\([^)\s]+\.json\)', r'\1', text)  # result files stay in the checkout
     text = re.sub(r'\[(`[^`]*`)\]\(/([\w/]+)\.html#([^)\s]+)\)', api, text)
     return re.sub(r'(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)\s]+)\)', outside, text)
 
@@ -254,46 +252,19 @@ def contents(pages):
     return '\n\n'.join([*(tree(*o) for o in SECTIONS.items()), '\n'.join(api)])
 
 
-def write_source(module):
-    "A page with the source of a module, an anchor at every definition; the links of the entries lead here"
-    path = source_of(type('', (), {'__module__': module.__name__}))
-    text = Path(module.__file__).read_text(encoding='utf-8')
-    parts = re.split(r'^# %% .*\n', text, flags=re.M)
-    out = ['---', 'nosearch: true', '---', '', f'# gradmax_nb/{path}.py', '', f'Written by nbdev from the page on [{path}]({"../"*path.count("/")}../{path}.ipynb).', '']
-    for part in parts:
-        for name in definitions(part): out += [f'<span id="{name}"></span>']
-        out += ['', '```python', part.strip('\n'), '```', '']
-    (SITE/'source'/path).parent.mkdir(parents=True, exist_ok=True)
-    (SITE/'source'/f'{path}.md').write_text('\n'.join(out), encoding='utf-8')
-    return f'source/{path}'
-
-
-def definitions(text):
-    "The names that a part of a module defines; methods as `Class.method`, patched ones too"
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef):
-            yield node.name
-            yield from (f'{node.name}.{f.name}' for f in node.body if isinstance(f, ast.FunctionDef))
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.args.args[0].annotation if node.args.args else None
-            patched = any(ast.unparse(d).startswith('patch') for d in node.decorator_list)
-            for c in ([o.strip() for o in ast.unparse(first).split('|')] if patched and first is not None else ['']): yield f'{c}.{node.name}'.lstrip('.')
-
-
-def write_api(known, sources):
-    "The page that lists every exported name with what it is, and hides the source pages in the navigation"
+def write_api(known):
+    "The page that lists every exported name with what it is"
     out = ['# All names', '', '{.lead}', 'Every exported name, by module in reading order. A name leads to its entry, with parameters and examples; `from gradmax_nb.all import *` brings those of the library.', '']
     for module in modules():
-        path = source_of(type('', (), {'__module__': module.__name__}))
+        path = page_of(module)
         first = (module.__doc__ or '').strip().splitlines()
-        out += [f'## {path}', '', f"{first[0] if first else ''} [Page]({path}.ipynb), [source](source/{path}.md).", '', '| name | what it is |', '|---|---|']
+        out += [f'## {path}', '', f"{first[0] if first else ''} [Page]({path}.ipynb).", '', '| name | what it is |', '|---|---|']
         for name in module.__all__:
             sym = getattr(module, name)
             label = f'[`{name}`]({path}.ipynb#{name.lower()})' if name.lower() in known.get(path, ()) else f'`{name}`'
             if label[0] != '[' and callable(sym): PROBLEMS.append(f'api: {name} of {path} has no entry')
             out.append(f"| {label} | {(inspect.getdoc(sym) or '').splitlines()[0] if callable(sym) and inspect.getdoc(sym) else 'a value'} |")
         out.append('')
-    out += ['```{toctree}', ':hidden:', '', *sources, '```']
     (SITE/'api.md').write_text('\n'.join(out), encoding='utf-8')
 
 
@@ -304,7 +275,7 @@ def write_pages():
     if len(pages) < len(paths): sys.exit('two notebooks in one folder differ only in their number')
     known = {p.as_posix(): anchors(nb) for p, nb in pages.items()}
     shutil.copytree(NBS, SITE, ignore=shutil.ignore_patterns('_*', '.*', '*.ipynb', '*.md'))
-    write_api(known, [write_source(m) for m in modules()])
+    write_api(known)
     tokens = check_pages.words(''.join(p.read_text(encoding='utf-8') for p in [*(ROOT/'gradmax_nb').rglob('*.py'), *ROOT.glob('*.py')]))
     for p in paths: tokens |= check_pages.words('\n'.join(c.source for c in read_nb(p).cells if c.cell_type == 'code'))
     for p in paths:

@@ -1,4 +1,4 @@
-"""Runs the notebooks as tests: `python run_tests.py` or `python run_tests.py 03_sites tutorials/01_plain`.
+"""Runs the notebooks as tests: `python tools/run_tests.py` or `python tools/run_tests.py 00_sites tutorials/01_ten_lines`.
 
 The work is done by nbdev-test in a child process; the last line counts notebooks: `N passed, N failed`."""
 import os
@@ -14,7 +14,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import nb_test_cells
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def select(names):

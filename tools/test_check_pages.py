@@ -3,7 +3,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import check_pages
 
 GOOD = {'a.html': '<p id="x">a <a href="sub/b.html#y">b</a> <a href="https://example.org">out</a> <img src="p.png" alt="a dot"> <img src="data:image/png;base64,AA" alt="another"></p>',
