@@ -381,7 +381,7 @@ def write_pages():
     shutil.copytree(NBS, SITE, ignore=shutil.ignore_patterns('_*', '.*', '*.ipynb', '*.md'))
     write_api(known)
     tokens = check_pages.words(
-        ''.join(p.read_text(encoding='utf-8') for p in [*(ROOT / 'gradmax_nb').rglob('*.py'), *ROOT.glob('*.py')])
+        ''.join(p.read_text(encoding='utf-8') for p in [*(ROOT / 'gradmax_nb').rglob('*.py'), *(ROOT / 'tools').rglob('*.py')])
     )
     for p in paths:
         tokens |= check_pages.words('\n'.join(c.source for c in read_nb(p).cells if c.cell_type == 'code'))
