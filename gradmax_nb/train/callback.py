@@ -26,12 +26,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model, num_distrib, set_seed, to_device
 from .growth import grow
-from ..core.measure import Offset, as_batches, untouched
+from ..core.measure import Offset, as_batches
 from ..model.optim import optimizer_guard
 from ..model.surgery import surgery_guard
 from .rates import YoungRates
 from .schedules import AllSites, Named, OfSeed, allot, neurons
 from ..core.sites import Site, find_sites
+from ..model.untouched import untouched, unwrapped
 
 # %% ../../nbs/train/06_callback.ipynb #00000010
 _columns = 'step epoch site old_width new_width predicted loss sigma method params seconds'.split()
@@ -221,7 +222,7 @@ def grow_learner(
 def _find_sites(learn, xb):
     "Sites and refusals of the learner's model, searched without other people's hooks, which may hold what cannot be copied."
     model = get_model(learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(model)
     with untouched(model), _unhooked(model):
         return find_sites(model, xb)
 
@@ -359,8 +360,7 @@ def after_batch(self:GrowthCallback):
 @patch
 def _find(self:GrowthCallback):
     "Find the sites of the learner's model, once, and check the numbers given for them."
-    model = get_model(self.learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(get_model(self.learn.model))
     if self._found and self._found[0].model is model:
         return
     sites,refused = _find_sites(self.learn, _plain(self.learn, tuple(self.learn.xb)))
@@ -475,8 +475,7 @@ def before_train(self:YoungRatesCallback):
         raise ValueError("Lookahead (ranger) moves the weights to its slow ones at some steps, which would be scaled as well: use the optimizer inside it")
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
         raise ValueError("NonNativeMixedPrecision trains a copy of the parameters: use learn.to_fp16() or learn.to_bf16()")
-    model = get_model(self.learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(get_model(self.learn.model))
     state = self.state_dict()
     if self.rates is None or self.rates.model is not model:
         self.rates = YoungRates(model, self.rule)
