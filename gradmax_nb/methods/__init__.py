@@ -1,4 +1,5 @@
 "How new neurons get their weights: the rooms of this wing, and all their names."
+# ruff: noqa: F403
 from . import by_name, gradmax, lengths, mirrored, proposal, searched
 from .proposal import *
 from .lengths import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AsComputed', 'SignRule', 'ascend', 'pick_unlike', 'Lookahead', 'Sequential', 'GradMax']
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000c7
+# %% ../../nbs/methods/02_gradmax.ipynb #000000f6
 from dataclasses import dataclass, field
 import torch
 from ..core.measure import (Side, existing_incoming, gain, gradient_in, loss_with, positions, subset,
@@ -13,7 +13,7 @@ from ..core.measure import (Side, existing_incoming, gain, gradient_in, loss_wit
 from .proposal import LengthRule, Refinement, outgoing_proposal, unit_rows
 from .lengths import MeanNorm
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000d9
+# %% ../../nbs/methods/02_gradmax.ipynb #00000108
 @dataclass
 class AsComputed:
     "Keep the signs the decomposition happened to return (the published method)."
@@ -30,7 +30,7 @@ class SignRule:
         sign = torch.where(up>=down, 1., -1.).to(V)[:,None]
         return V*sign,G*sign
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000dc
+# %% ../../nbs/methods/02_gradmax.ipynb #0000010b
 def ascend(
     score,              # `directions (k, d) -> (k,)`, differentiable
     start:torch.Tensor, # Unit directions
@@ -52,7 +52,7 @@ def ascend(
         angle = torch.where(better, angle*1.2, angle*.5)
     return best
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000df
+# %% ../../nbs/methods/02_gradmax.ipynb #0000010e
 def pick_unlike(
     P:torch.Tensor,     # Directions in the coordinates in which they are compared, `(n, d)`
     score:torch.Tensor, # What each one is worth, `(n,)`; 0: it carries no gradient
@@ -68,7 +68,7 @@ def pick_unlike(
                 taken.append(i)
     return taken
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000e1
+# %% ../../nbs/methods/02_gradmax.ipynb #00000110
 @dataclass
 class Lookahead:
     "Climb the real one-sided gain from both signs of each direction; keep the best ends that are not alike."
@@ -82,7 +82,7 @@ class Lookahead:
         V = ends[pick_unlike(ends, gain(m,ends)[0], len(V), self.similarity)]
         return V,gradient_in(m,V)
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000e5
+# %% ../../nbs/methods/02_gradmax.ipynb #00000114
 def _best_step(m, steps, chosen, v, u):
     "The multiple of `u`, out of powers of two, with which the neuron `v` lowers the batch loss most."
     size,V = existing_incoming(m).norm(dim=1).mean().clamp_min(1e-3),torch.cat([*chosen,v])
@@ -91,7 +91,7 @@ def _best_step(m, steps, chosen, v, u):
         losses = [loss_with(m, torch.cat([*steps,t]), V, Side.INCOMING).item() for t in trials]
     return trials[min(range(len(trials)), key=lambda i: losses[i] if losses[i]==losses[i] else float('inf'))]
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000e6
+# %% ../../nbs/methods/02_gradmax.ipynb #00000115
 @dataclass
 class Sequential:
     "Choose neurons one after the other: each sees the gradient left over after those before it took their best step."
@@ -108,7 +108,7 @@ class Sequential:
         V = torch.cat(chosen)
         return V,gradient_in(m,V)
 
-# %% ../../nbs/methods/02_gradmax.ipynb #000000e9
+# %% ../../nbs/methods/02_gradmax.ipynb #00000118
 @dataclass
 class GradMax:
     "Incoming zero, outgoing along the leading singular vectors of the growth matrix (Evci et al. 2022, Eq. 11)."
