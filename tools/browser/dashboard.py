@@ -1,9 +1,10 @@
-"""Drives GrowthDashboard in a real JupyterLab: `python .ci/browser/dashboard.py [--pictures FOLDER] [--benchmark]`.
+"""Drives GrowthDashboard in a real JupyterLab: `python tools/browser/dashboard.py [--pictures FOLDER] [--benchmark]`.
 
 A headless Chromium starts a training, presses *Grow now*, *Pause*, *Resume* and *Stop*, and compares what it sees with the model
 and the record: with the training in a thread and no subshells, and in a cell that blocks, with them. Needs `pip install
 jupyterlab selenium` beside this package, and Debian's chromium and chromium-driver; exits with 77 where there is no browser.
 `--benchmark` measures instead what the dashboard costs, and writes nbs/experiments/results/dashboard.json."""
+
 import argparse
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from chrome import browser, missing, SKIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = ROOT/'nbs'/'experiments'/'results'/'dashboard.json'
+RESULT = ROOT / 'nbs' / 'experiments' / 'results' / 'dashboard.json'
 SETUP = '''
 import json, warnings
 from functools import partial
@@ -51,8 +52,16 @@ print('reported')
 
 def notebook(*sources):
     "A notebook with these code cells"
-    cells = [dict(cell_type='code', id=f'c{i}', source=s.strip(), metadata={}, outputs=[], execution_count=None) for i, s in enumerate(sources)]
-    return dict(cells=cells, metadata={'kernelspec': dict(name='python3', display_name='python3', language='python')}, nbformat=4, nbformat_minor=5)
+    cells = [
+        dict(cell_type='code', id=f'c{i}', source=s.strip(), metadata={}, outputs=[], execution_count=None)
+        for i, s in enumerate(sources)
+    ]
+    return dict(
+        cells=cells,
+        metadata={'kernelspec': dict(name='python3', display_name='python3', language='python')},
+        nbformat=4,
+        nbformat_minor=5,
+    )
 
 
 @contextmanager
@@ -61,15 +70,38 @@ def lab(folder, subshells):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    settings = folder/'settings'/'@jupyterlab'/'apputils-extension'
+    settings = folder / 'settings' / '@jupyterlab' / 'apputils-extension'
     settings.mkdir(parents=True)
-    (settings/'kernels-settings.jupyterlab-settings').write_text(json.dumps({'commsOverSubshells': 'perCommTarget' if subshells else 'disabled'}))
-    (settings/'notification.jupyterlab-settings').write_text(json.dumps({'fetchNews': 'false', 'checkForUpdates': False}))
-    env = {**os.environ, 'JUPYTER_CONFIG_DIR': str(folder/'config'), 'JUPYTER_DATA_DIR': str(folder/'data'), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1',
-           'IPYTHONDIR': str(folder/'ipython')}
-    cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--ServerApp.port={port}', '--IdentityProvider.token=', f'--ServerApp.root_dir={folder}',
-           f'--LabApp.user_settings_dir={folder/"settings"}', f'--LabApp.workspaces_dir={folder/"workspaces"}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=']
-    with open(folder/'lab.log', 'w') as log: server = subprocess.Popen(cmd, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    (settings / 'kernels-settings.jupyterlab-settings').write_text(
+        json.dumps({'commsOverSubshells': 'perCommTarget' if subshells else 'disabled'})
+    )
+    (settings / 'notification.jupyterlab-settings').write_text(
+        json.dumps({'fetchNews': 'false', 'checkForUpdates': False})
+    )
+    env = {
+        **os.environ,
+        'JUPYTER_CONFIG_DIR': str(folder / 'config'),
+        'JUPYTER_DATA_DIR': str(folder / 'data'),
+        'PYTHONPATH': str(ROOT),
+        'OMP_NUM_THREADS': '1',
+        'IPYTHONDIR': str(folder / 'ipython'),
+    }
+    cmd = [
+        sys.executable,
+        '-m',
+        'jupyterlab',
+        '--no-browser',
+        '--allow-root',
+        f'--ServerApp.port={port}',
+        '--IdentityProvider.token=',
+        f'--ServerApp.root_dir={folder}',
+        f'--LabApp.user_settings_dir={folder / "settings"}',
+        f'--LabApp.workspaces_dir={folder / "workspaces"}',
+        '--LabApp.expose_app_in_browser=True',
+        '--LabApp.news_url=',
+    ]
+    with open(folder / 'lab.log', 'w') as log:
+        server = subprocess.Popen(cmd, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         until(lambda: urllib.request.urlopen(f'http://127.0.0.1:{port}/api').status == 200, 'JupyterLab', 60)
         yield f'http://127.0.0.1:{port}/lab/tree/test.ipynb?reset'
@@ -83,39 +115,59 @@ def until(condition, what, seconds=60):
     end, error = time.time() + seconds, None
     while time.time() < end:
         try:
-            if value := condition(): return value
-        except Exception as e: error = e
-        time.sleep(.1)
+            if value := condition():
+                return value
+        except Exception as e:
+            error = e
+        time.sleep(0.1)
     raise SystemExit(f'FAILED: {what} did not happen within {seconds} s ({error!r})')
 
 
 class Page:
     "The notebook in the browser, as a person sees it"
-    def __init__(self, driver, pictures): self.driver, self.pictures = driver, pictures
 
-    def css(self, selector): return self.driver.find_elements('css selector', selector)
-    def button(self, name): return next(b for b in self.css('.jp-OutputArea .jupyter-button') if b.text.strip() == name)
-    def press(self, name): until(lambda: self.button(name).click() or True, f'pressing {name!r}')
-    def text(self): return ' '.join(o.text for o in self.css('.jp-OutputArea .widget-html-content'))
-    def step(self): return int(self.text().split('step ')[1].split()[0])
-    def images(self): return [o.get_attribute('src') for o in self.css('.jp-OutputArea img.widget-image')]
-    def run(self, command): self.driver.execute_script('window.jupyterapp.commands.execute(arguments[0])', command)
+    def __init__(self, driver, pictures):
+        self.driver, self.pictures = driver, pictures
+
+    def css(self, selector):
+        return self.driver.find_elements('css selector', selector)
+
+    def button(self, name):
+        return next(b for b in self.css('.jp-OutputArea .jupyter-button') if b.text.strip() == name)
+
+    def press(self, name):
+        until(lambda: self.button(name).click() or True, f'pressing {name!r}')
+
+    def text(self):
+        return ' '.join(o.text for o in self.css('.jp-OutputArea .widget-html-content'))
+
+    def step(self):
+        return int(self.text().split('step ')[1].split()[0])
+
+    def images(self):
+        return [o.get_attribute('src') for o in self.css('.jp-OutputArea img.widget-image')]
+
+    def run(self, command):
+        self.driver.execute_script('window.jupyterapp.commands.execute(arguments[0])', command)
 
     def run_cell(self, i):
         self.css('.jp-Notebook .jp-CodeCell')[i].find_element('css selector', '.jp-InputPrompt').click()
         self.run('notebook:run-cell')
-        time.sleep(.5)
+        time.sleep(0.5)
 
     def picture(self, name):
-        if self.pictures: self.driver.save_screenshot(str(self.pictures/f'{name}.png'))
+        if self.pictures:
+            self.driver.save_screenshot(str(self.pictures / f'{name}.png'))
 
     def choose(self, label, value):
         from selenium.webdriver.support.select import Select
+
         row = next(o for o in self.css('.jp-OutputArea .widget-dropdown') if label in o.text)
         Select(row.find_element('tag name', 'select')).select_by_visible_text(value)
 
     def type(self, label, value):
         from selenium.webdriver.common.keys import Keys
+
         row = next(o for o in self.css('.jp-OutputArea .widget-text') if label in o.text)
         box = row.find_element('tag name', 'input')
         box.send_keys(Keys.CONTROL, 'a', Keys.NULL, str(value), Keys.ENTER)
@@ -124,7 +176,11 @@ class Page:
 def open_notebook(page, url):
     "Open the notebook and wait until it can be run"
     page.driver.get(url)
-    until(lambda: page.css('.jp-Notebook .jp-Cell') and page.driver.execute_script('return !!window.jupyterapp'), 'JupyterLab in the browser', 90)
+    until(
+        lambda: page.css('.jp-Notebook .jp-Cell') and page.driver.execute_script('return !!window.jupyterapp'),
+        'JupyterLab in the browser',
+        90,
+    )
     time.sleep(3)
 
 
@@ -181,24 +237,28 @@ def drive(way, pictures):
     "One complete run"
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        (folder/'test.ipynb').write_text(json.dumps(notebook(SETUP, f'dash = GrowthDashboard(learn)\n{WAYS[way]}', REPORT)))
+        (folder / 'test.ipynb').write_text(
+            json.dumps(notebook(SETUP, f'dash = GrowthDashboard(learn)\n{WAYS[way]}', REPORT))
+        )
         with lab(folder, subshells=way == 'blocking') as url, browser(1200, 1300) as driver:
             page = Page(driver, pictures)
             open_notebook(page, url)
-            for i in range(2): page.run_cell(i)
-            try: at = steer(page, way)
+            for i in range(2):
+                page.run_cell(i)
+            try:
+                at = steer(page, way)
             except BaseException:
                 page.picture(f'{way}-failed')
                 print(page.text())
                 raise
             page.run_cell(2)
-            until(lambda: (folder/'report.json').exists() and (folder/'report.json').read_text(), 'the report', 60)
+            until(lambda: (folder / 'report.json').exists() and (folder / 'report.json').read_text(), 'the report', 60)
             page.run('docmanager:save')
             time.sleep(3)
-            saved = json.loads((folder/'test.ipynb').read_text())['cells'][1]['outputs']
+            saved = json.loads((folder / 'test.ipynb').read_text())['cells'][1]['outputs']
             kinds = [k for o in saved for k in o.get('data', {})]
             assert 'image/png' in kinds and 'application/vnd.jupyter.widget-view+json' not in kinds, kinds
-            report = json.loads((folder/'report.json').read_text())
+            report = json.loads((folder / 'report.json').read_text())
             check(report, at)
             print(f'ok: {way}: stopped after {report["steps"]} steps')
 
@@ -234,17 +294,24 @@ def benchmark():
     "The same trainings with and without a dashboard, in turn, in a JupyterLab that shows it; writes RESULT"
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        (folder/'test.ipynb').write_text(json.dumps(notebook(SETUP, BENCHMARK, MEASURE)))
+        (folder / 'test.ipynb').write_text(json.dumps(notebook(SETUP, BENCHMARK, MEASURE)))
         with lab(folder, subshells=True) as url, browser(1200, 1300) as driver:
             page = Page(driver, None)
             open_notebook(page, url)
-            for i in range(3): page.run_cell(i)
-            until(lambda: (folder/'report.json').exists() and (folder/'report.json').read_text(), 'the measurement', 3600)
-            report = json.loads((folder/'report.json').read_text())
+            for i in range(3):
+                page.run_cell(i)
+            until(
+                lambda: (folder / 'report.json').exists() and (folder / 'report.json').read_text(),
+                'the measurement',
+                3600,
+            )
+            report = json.loads((folder / 'report.json').read_text())
     import importlib.metadata as m
+
     report['versions']['jupyterlab'] = m.version('jupyterlab')
     RESULT.write_text(json.dumps(report, indent=1) + '\n')
-    for r in report['runs']: print(r)
+    for r in report['runs']:
+        print(r)
 
 
 def main():
@@ -254,11 +321,17 @@ def main():
     parser.add_argument('--ways', nargs='+', choices=WAYS, help='how the training is started; all of them if not given')
     args = parser.parse_args()
     if missing():
-        print(f'skipped: not installed here: {", ".join(missing())} (apt-get install chromium chromium-driver; pip install selenium jupyterlab)')
+        print(
+            f'skipped: not installed here: {", ".join(missing())} (apt-get install chromium chromium-driver; pip install selenium jupyterlab)'
+        )
         return SKIPPED
-    if args.pictures: args.pictures.mkdir(parents=True, exist_ok=True)
-    if args.benchmark: return benchmark()
-    for way in args.ways or WAYS: drive(way, args.pictures)
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+    if args.benchmark:
+        return benchmark()
+    for way in args.ways or WAYS:
+        drive(way, args.pictures)
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())
