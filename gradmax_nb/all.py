@@ -1,13 +1,15 @@
 from .theory import *
-from .surgery import *
-from .optim import *
-from .rates import *
-from .sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
-from .measure import Measurement, measure
+from .model.surgery import *
+from .model.optim import *
+from .model.untouched import restore_rng, rng_state, untouched
+from .train.rates import *
+from .core.sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
+from .core.measure import Measurement, Side, measure
 from .methods import *
-from .growth import *
-from .schedule import *
-from .callback import *
-from .checkpoint import *
-from .viz import *
-from .dashboard import *
+from .train.growth import *
+from .train.schedules import *
+from .train.flops import *
+from .train.callback import *
+from .train.checkpoint import *
+from .show.figures import *
+from .show.dashboard import *

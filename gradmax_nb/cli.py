@@ -19,23 +19,27 @@ def _recipe(args):
     from dataclasses import replace
     from gradmax_nb.experiments.demo import Recipe, pictures_recipe
     recipe = pictures_recipe() if args.data else Recipe()
-    if args.quick: recipe = replace(recipe, steps=recipe.steps//2, growth_batch=recipe.growth_batch//2)
+    if args.quick:
+        recipe = replace(recipe, steps=recipe.steps//2, growth_batch=recipe.growth_batch//2)
     return replace(recipe, **{k:v for k,v in (('steps',args.steps),('lr',args.lr)) if v is not None})
 
 def _names(args, recipe):
     "The contenders that the options ask for."
     from gradmax_nb.experiments.demo import contenders
     known = list(contenders(recipe))
-    if args.methods is None: return known
+    if args.methods is None:
+        return known
     names = list(dict.fromkeys(n.strip() for n in args.methods.split(',') if n.strip()))
     wrong = [n for n in names if n not in known]
-    if wrong or not names: raise ValueError(f"--methods {args.methods}: {'nothing was named' if not names else 'unknown '+', '.join(wrong)}; choose from {', '.join(known)}")
+    if wrong or not names:
+        raise ValueError(f"--methods {args.methods}: {'nothing was named' if not names else 'unknown '+', '.join(wrong)}; choose from {', '.join(known)}")
     return names
 
 # %% ../nbs/09_cli.ipynb #00000006
 def _source(args):
     from gradmax_nb.experiments.demo import Digits, Pictures
-    if not args.data: return Digits()
+    if not args.data:
+        return Digits()
     return Pictures(args.data, args.size, *((1000,500) if args.quick else (args.train_limit,args.test_limit)))
 
 def _comparison(args):
@@ -54,9 +58,12 @@ def _demo(args):
     print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on", flush=True)
     results,finished = run_demo(c, fresh=args.fresh, threads=args.threads)
     print('\n'+table_text(results['summary'])+'\n')
-    for line in verdict(results['runs']): print(line)
-    for path in write_report(c, results, args.command_line): print(path)
-    if finished: return 0
+    for line in verdict(results['runs']):
+        print(line)
+    for path in write_report(c, results, args.command_line):
+        print(path)
+    if finished:
+        return 0
     print(f"\nStopped: {len(results['runs'])} runs are finished and kept. The same command goes on from here.", file=sys.stderr)
     return 130
 
@@ -64,37 +71,49 @@ def _demo(args):
 def _load(name):
     "The model that `module:function` builds."
     module,_,function = name.partition(':')
-    if not function: raise ValueError(f"{name!r} names no model: write MODULE:FUNCTION, for instance torchvision.models:resnet18")
+    if not function:
+        raise ValueError(f"{name!r} names no model: write MODULE:FUNCTION, for instance torchvision.models:resnet18")
     sys.path.insert(0, '')
-    try: build = getattr(importlib.import_module(module), function)
-    except (ImportError,AttributeError) as e: raise ValueError(f"{name!r} cannot be imported: {e}") from e
-    finally: sys.path.remove('')
-    try: return build()
-    except TypeError as e: raise ValueError(f"{name!r} cannot be called without arguments: {e}") from e
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError,AttributeError) as e:
+        raise ValueError(f"{name!r} cannot be imported: {e}") from e
+    finally:
+        sys.path.remove('')
+    try:
+        return build()
+    except TypeError as e:
+        raise ValueError(f"{name!r} cannot be called without arguments: {e}") from e
 
 def _shape(args):
     "Shape of one input."
-    if args.shape is None: return (3,args.size,args.size)
-    try: return tuple(int(o) for o in args.shape.split(','))
-    except ValueError: raise ValueError(f"--shape {args.shape}: write numbers with commas, for instance 3,64,64") from None
+    if args.shape is None:
+        return (3,args.size,args.size)
+    try:
+        return tuple(int(o) for o in args.shape.split(','))
+    except ValueError:
+        raise ValueError(f"--shape {args.shape}: write numbers with commas, for instance 3,64,64") from None
 
 # %% ../nbs/09_cli.ipynb #0000000a
 def _sites(args):
     "`gradmax sites`"
     import torch
-    from gradmax_nb.sites import find_sites
+    from gradmax_nb.core.sites import find_sites
     model = _load(args.model)
-    if not isinstance(model, torch.nn.Module): raise ValueError(f"{args.model!r} gives a {type(model).__name__}, not a torch.nn.Module")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{args.model!r} gives a {type(model).__name__}, not a torch.nn.Module")
     sites,refused = find_sites(model, torch.randn(2,*_shape(args), generator=torch.Generator().manual_seed(0)))
-    for s in sites: print(f"{s.name}: {s.width} neurons, read by {', '.join(r.name for r in s.readers)}")
-    for r in refused: print(f"{r.name}: refused, {r.reason}")
+    for s in sites:
+        print(f"{s.name}: {s.width} neurons, read by {', '.join(r.name for r in s.links)}")
+    for r in refused:
+        print(f"{r.name}: refused, {r.reason}")
     print(f"{len(sites)} sites, {len(refused)} refused")
     return 0
 
 # %% ../nbs/09_cli.ipynb #0000000c
 def _peek(args):
     "`gradmax peek`"
-    from gradmax_nb.checkpoint import peek_grown
+    from gradmax_nb.train.checkpoint import peek_grown
     print(peek_grown(args.file))
     return 0
 
@@ -106,7 +125,8 @@ def _command(commands, name, run, about, example):
 
 def _whole(text):
     "A whole number of at least 1."
-    if not text.isdecimal() or int(text)<1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    if not text.isdecimal() or int(text)<1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
 
 # %% ../nbs/09_cli.ipynb #0000000f
@@ -130,7 +150,8 @@ def _add_demo(commands):
 def _experiment(commands, argv, name, module, stem, about, example):
     "A command whose options and work are `add_<stem>_arguments` and `<stem>_command` of an experiment."
     p = _command(commands, name, None, about, example)
-    if name not in argv[:1]: return
+    if name not in argv[:1]:
+        return
     experiment = importlib.import_module(f'gradmax_nb.experiments.{module}')
     getattr(experiment, f'add_{stem}_arguments')(p)
     p.set_defaults(run=getattr(experiment, f'{stem}_command'))

@@ -27,7 +27,8 @@ def descent_bound(
     eta:float, # Step size; a tensor of step sizes gives a tensor of bounds
 )->float: # Upper bound of the loss after the step
     "The most the loss can be after one gradient step of size `eta` when the curvature on the way is at most `beta`"
-    if not beta > 0: raise ValueError(f'beta is {beta}, but a curvature bound must be positive; measure it with `smoothness`')
+    if not beta > 0:
+        raise ValueError(f'beta is {beta}, but a curvature bound must be positive; measure it with `smoothness`')
     return loss - eta*(1 - beta*eta/2)*grad_norm**2
 
 # %% ../nbs/00_theory.ipynb #00000024
@@ -39,7 +40,8 @@ def hvp(
     "Product of the Hessian of `loss_fn` with a vector, by differentiating twice"
     grads = torch.autograd.grad(loss_fn(), params, create_graph=True, allow_unused=True)
     dot = sum((g*v).sum() for g, v in zip(grads, vec) if g is not None)
-    if not (torch.is_tensor(dot) and dot.requires_grad): return [torch.zeros_like(p) for p in params]
+    if not (torch.is_tensor(dot) and dot.requires_grad):
+        return [torch.zeros_like(p) for p in params]
     found = torch.autograd.grad(dot, params, allow_unused=True)
     return [torch.zeros_like(p) if h is None else h for h, p in zip(found, params)]
 
@@ -51,13 +53,15 @@ def smoothness(
     generator:torch.Generator=None, # CPU generator of the starting vector; None: the global one
 )->float: # Approached from below as `iters` grows
     "Largest absolute Hessian eigenvalue at the present `params`: a local curvature, it can be larger a step away"
-    if iters < 1: raise ValueError(f'iters is {iters}; power iteration needs at least one')
+    if iters < 1:
+        raise ValueError(f'iters is {iters}; power iteration needs at least one')
     vec, value = [torch.randn(p.shape, generator=generator).to(p) for p in params], 0.
     for _ in range(iters):
         size = math.sqrt(sum(v.pow(2).sum().item() for v in vec))
         vec = hvp(loss_fn, params, [v/size for v in vec])
         value = math.sqrt(sum(v.pow(2).sum().item() for v in vec))
-        if value == 0: break
+        if value == 0:
+            break
     return value
 
 # %% ../nbs/00_theory.ipynb #00000046
@@ -86,13 +90,18 @@ def top_directions(
     k:int, # Number of new neurons, at most the rank of `M`
 )->tuple[Tensor, Tensor, Tensor]: # sigma (k,), U (d_in, k), V (d_out, k); each pair of columns has an arbitrary common sign
     "The `k` leading singular triples of the growth matrix: the columns of V are the outgoing directions"
-    if k < 1: raise ValueError(f'k is {k}: grow by at least one neuron')
-    if M.ndim != 2: raise ValueError(f'the growth matrix has shape {tuple(M.shape)}: reshape it to (d_in, d_out)')
-    if not M.isfinite().all(): raise ValueError('the growth matrix holds NaN or infinity: check the loss and the batch, or lower the learning rate')
+    if k < 1:
+        raise ValueError(f'k is {k}: grow by at least one neuron')
+    if M.ndim != 2:
+        raise ValueError(f'the growth matrix has shape {tuple(M.shape)}: reshape it to (d_in, d_out)')
+    if not M.isfinite().all():
+        raise ValueError('the growth matrix holds NaN or infinity: check the loss and the batch, or lower the learning rate')
     U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
-    if sigma[0] == 0: raise ValueError('the growth matrix is zero: no new neuron would get a gradient; train on, or grow on a batch with a non-zero loss')
+    if sigma[0] == 0:
+        raise ValueError('the growth matrix is zero: no new neuron would get a gradient; train on, or grow on a batch with a non-zero loss')
     rank = int((sigma > max(M.shape)*torch.finfo(M.dtype).eps*sigma[0]).sum())
-    if k > rank: raise ValueError(f'k is {k} but the growth matrix has rank {rank}: grow by at most {rank} neurons at a time, or use a larger batch')
+    if k > rank:
+        raise ValueError(f'k is {k} but the growth matrix has rank {rank}: grow by at most {rank} neurons at a time, or use a larger batch')
     return sigma[:k], U[:, :k], Vh[:k].T
 
 # %% ../nbs/00_theory.ipynb #0000005a
@@ -117,7 +126,8 @@ def sigma_weighted_lengths(
     total:float, # Length of all columns together, the root of the sum of squares
 )->Tensor: # (k,)
     "Lengths in proportion to the singular values"
-    if not sigma.norm() > 0: raise ValueError('all singular values are zero: lengths in proportion to them are undefined; use `equal_lengths`')
+    if not sigma.norm() > 0:
+        raise ValueError('all singular values are zero: lengths in proportion to them are undefined; use `equal_lengths`')
     return total*sigma/sigma.norm()
 
 # %% ../nbs/00_theory.ipynb #0000006a
@@ -138,9 +148,12 @@ def whiten(
     floor:float=1e-3, # Eigenvalues of `S` below this fraction of the largest are raised to it
 )->tuple[Tensor, Tensor]: # W = S^(-1/2), (d_in, d_in), and W @ M, (d_in, d_out)
     "Divide the growth matrix by the root of the inputs' energy: its left singular vectors p give incoming weights `W @ p`"
-    if S.shape != (M.shape[0], M.shape[0]): raise ValueError(f'M has shape {tuple(M.shape)}, so S must be {M.shape[0]} x {M.shape[0]}, not {tuple(S.shape)}')
-    if not S.isfinite().all(): raise ValueError('the second moment S holds NaN or infinity: check the batch')
+    if S.shape != (M.shape[0], M.shape[0]):
+        raise ValueError(f'M has shape {tuple(M.shape)}, so S must be {M.shape[0]} x {M.shape[0]}, not {tuple(S.shape)}')
+    if not S.isfinite().all():
+        raise ValueError('the second moment S holds NaN or infinity: check the batch')
     values, Q = torch.linalg.eigh(S)
-    if not values[-1] > 0: raise ValueError('the second moment S is zero: the producer reads nothing; use another batch or site')
+    if not values[-1] > 0:
+        raise ValueError('the second moment S is zero: the producer reads nothing; use another batch or site')
     W = (Q * values.clamp(min=floor*values[-1])**-0.5) @ Q.T
     return W, W @ M

@@ -15,15 +15,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..checkpoint import load_grown
+from ..train.checkpoint import load_grown
 from .pictures import load_images
 from .records import hardware, versions, write_text
 from .results import find_runs, read_run, table
 from .training import Recipe, as_json, flat, step_flops
 from .zoo import vgg11, wide_resnet
-from ..measure import Lift, lift_of
+from ..core.measure import Offset, smallest_offset
 from ..methods import FixedLength
-from ..sites import Site, evaluating, find_sites
+from ..core.sites import Site, find_sites
+from ..model.untouched import evaluating
 
 # %% ../../nbs/experiments/02_cifar.ipynb #00000006
 def _between(norm): return nn.BatchNorm2d if norm else None
@@ -61,7 +62,8 @@ def beside_paper(
     "Our test accuracies beside the paper's."
     c = results['common']
     row = paper_table2()[bool(c.get('norm'))] if (c.get('data.name'),c.get('recipe.name'))==('cifar10','wrn') else paper_table1().get((c.get('data.name'),c.get('recipe.name')))
-    if row is None: return None
+    if row is None:
+        return None
     ours = table(results)
     return ours.assign(paper=[f'{row[m][0]} ± {row[m][1]}' if m in row else '' for m in ours['method']])
 
@@ -70,12 +72,14 @@ def speech(
     site:Site,     # Of a network
     xb:torch.Tensor# Pictures
 )->tuple:          # `(width,)` each: root mean square of the activation, length of the outgoing weights; and `(width, width)` cosines of centred activations
-    "What the neurons of a site say to their first reader, and how well it listens."
+    "What the neurons of a site say to their first consumer, and how well it listens."
     seen,c = [],site.consumers[0]
     handle = c.register_forward_pre_hook(lambda m,args: seen.append(args[0].detach().transpose(0,1).flatten(1)))
     try:
-        with evaluating(site.model), torch.no_grad(): site.model(xb)
-    finally: handle.remove()
+        with evaluating(site.model), torch.no_grad():
+            site.model(xb)
+    finally:
+        handle.remove()
     unit = F.normalize(seen[0]-seen[0].mean(1,keepdim=True))
     return seen[0].square().mean(1).sqrt(), c.weight.detach().transpose(0,1).flatten(1).norm(dim=1), unit@unit.T
 
@@ -149,7 +153,8 @@ def step_profile(
     xb,yb = torch.rand(batch_size,3,32,32),torch.randint(0,10,(batch_size,))
     nets = [wide_resnet(w,10,None).to(memory_format=torch.channels_last) for w in widths for _ in range(2)]
     for net in nets[1::2]:
-        for s in find_sites(net, xb[:2])[0]: s.producer.register_forward_hook(Lift(s.width//2, lift_of(xb)))
+        for s in find_sites(net, xb[:2])[0]:
+            s.producer.register_forward_hook(Offset(s.width//2, smallest_offset(xb)))
     opts = [torch.optim.SGD(net.parameters(), lr=1e-3, momentum=.9, nesterov=True) for net in nets]
     times = pd.DataFrame([[_timed_step(net,opt,xb,yb) for net,opt in zip(nets,opts)] for _ in range(repeats+1)][1:]).median()
     return [dict(width=w, flops=step_flops(nets[2*i],(3,32,32),batch_size), seconds=round(times[2*i],4), lifted=round(times[2*i+1],4)) for i,w in enumerate(widths)]
@@ -165,7 +170,8 @@ def main(
     p.add_argument('--cache', help='where decoded pictures are kept')
     p.add_argument('--out', required=True, help='JSON file to write')
     a = p.parse_args(argv)
-    if a.folders and not a.data: p.error('say with --data which pictures the runs were trained on')
+    if a.folders and not a.data:
+        p.error('say with --data which pictures the runs were trained on')
     rows = _look_into(a.folders, load_images(a.data,cache=a.cache)) if a.folders else _one_thread(step_profile)
     write_text(a.out, json.dumps(dict(rows=rows, versions=versions(), hardware=hardware()))+'\n')
     print(pd.DataFrame(rows).to_string(index=False))
@@ -176,8 +182,11 @@ def _look_into(folders, data): return [newcomers(f, data) for f in find_runs(*fo
 def _one_thread(f):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: return f()
-    finally: torch.set_num_threads(before)
+    try:
+        return f()
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/02_cifar.ipynb #000000fd
-if __name__=='__main__': raise SystemExit(main())
+if __name__=='__main__':
+    raise SystemExit(main())

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .records import hardware, versions, write_text
-from ..growth import grow, measured_norm
-from ..measure import growth_matrix_of, measure
+from ..train.growth import grow, measured_norm
+from ..core.measure import growth_matrix_of, measure
 from ..methods import GradMax
-from ..sites import find_sites
+from ..core.sites import find_sites
 
 # %% ../../nbs/experiments/02_cost.ipynb #0000000f
 @dataclass(frozen=True)
@@ -133,8 +133,10 @@ def ratios(
     "Seconds of a step and of a growth, and their paired ratios."
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try: return _timed(case, repeats, threads)
-    finally: torch.set_num_threads(before)
+    try:
+        return _timed(case, repeats, threads)
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000018
 def _timed(case, repeats, threads):
@@ -151,8 +153,8 @@ def _timed(case, repeats, threads):
 
 # %% ../../nbs/experiments/02_cost.ipynb #0000001b
 def _directions(site, old):
-    "Outgoing directions of the neurons after the first `old`, unit rows; for a site with one reader."
-    w,spread = site.consumers[0].weight.detach(),site.readers[0].spread
+    "Outgoing directions of the neurons after the first `old`, unit rows; for a site with one consumer."
+    w,spread = site.consumers[0].weight.detach(),site.links[0].features
     w = w[:,old*spread:].unflatten(1,(-1,spread)).transpose(0,1).flatten(1).double()
     return w/w.norm(dim=1,keepdim=True)
 
@@ -209,7 +211,9 @@ def main(
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
     result = run_cost(repeats=a.repeats, seed=a.seed, watch=lambda r: print(_line(r), flush=True))
-    if a.out: write_text(a.out, json.dumps(result, indent=1)+'\n')
+    if a.out:
+        write_text(a.out, json.dumps(result, indent=1)+'\n')
 
 # %% ../../nbs/experiments/02_cost.ipynb #00000023
-if __name__=='__main__': main()
+if __name__=='__main__':
+    main()

@@ -27,13 +27,13 @@ from fastcore.basics import IN_NOTEBOOK, patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..checkpoint import save_grown
+from ..train.checkpoint import save_grown
 from .records import hardware, versions, write_text
-from ..growth import count_flops, grow
-from ..measure import activity, existing_incoming, existing_rms, input_energy
+from ..train.growth import count_flops, grow
+from ..core.measure import activity, existing_incoming, existing_rms, input_energy
 from ..methods import BoundMax, GradMax, MirrorGradMax, MirrorRandom, RandomGrowth
-from ..schedule import EveryN, event_steps
-from ..sites import find_sites
+from ..train.schedules import EveryN, event_steps
+from ..core.sites import find_sites
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000008
 def small_net(
@@ -45,7 +45,8 @@ def small_net(
     "The network of the demo."
     a,b = widths
     layers = OrderedDict(conv1=nn.Conv2d(channels,a,3,padding=1), relu1=nn.ReLU())
-    if size>16: layers['halve'] = nn.MaxPool2d(2)
+    if size>16:
+        layers['halve'] = nn.MaxPool2d(2)
     layers.update(conv2=nn.Conv2d(a,b,3,padding=1), relu2=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(4), flatten=nn.Flatten(), head=nn.Linear(16*b,classes))
     return nn.Sequential(layers)
 
@@ -87,19 +88,24 @@ class Digits:
 # %% ../../nbs/experiments/01_demo.ipynb #00000011
 def _folder(path):
     "The training and test folder below `path`, or an error that says what is missing."
-    if not path.is_dir(): raise ValueError(f"there is no folder {path}: give one that holds train/ and valid/ (or val/, test/)")
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}: give one that holds train/ and valid/ (or val/, test/)")
     test = next((path/n for n in ('valid','val','test') if (path/n).is_dir()), None)
     for what,p in (('train/',path/'train'), ('valid/ (or val/, test/)',test)):
-        if p is None or not p.is_dir(): raise ValueError(f"{path} has no folder {what}: pictures belong in {path.name}/train/CLASS/ and {path.name}/valid/CLASS/")
-        if not any(o.is_dir() for o in p.iterdir()): raise ValueError(f"{p} has no class folders: put the pictures of each class into a folder of its own")
+        if p is None or not p.is_dir():
+            raise ValueError(f"{path} has no folder {what}: pictures belong in {path.name}/train/CLASS/ and {path.name}/valid/CLASS/")
+        if not any(o.is_dir() for o in p.iterdir()):
+            raise ValueError(f"{p} has no class folders: put the pictures of each class into a folder of its own")
     return path/'train',test
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000012
 def _listing(path):
     "torchvision's view of a folder of class folders."
     from torchvision.datasets import ImageFolder
-    try: return ImageFolder(path)
-    except FileNotFoundError as e: raise ValueError(f"{path}: a class folder holds no pictures ({e})".replace('\n',' ')) from None
+    try:
+        return ImageFolder(path)
+    except FileNotFoundError as e:
+        raise ValueError(f"{path}: a class folder holds no pictures ({e})".replace('\n',' ')) from None
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000013
 def _read(folder, limit, size):
@@ -110,8 +116,10 @@ def _read(folder, limit, size):
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000014
 def _picture(folder, path, size):
-    try: p = folder.loader(path).resize((size,size))
-    except OSError as e: raise ValueError(f"{path} cannot be read as a picture ({type(e).__name__}): remove or replace it") from None
+    try:
+        p = folder.loader(path).resize((size,size))
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read as a picture ({type(e).__name__}): remove or replace it") from None
     return torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(size,size,3).permute(2,0,1).clone()
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000015
@@ -124,7 +132,8 @@ class Pictures:
         test_limit:int=4000    # Largest number of test pictures
     ):
         path = Path(path).expanduser()
-        if size<8: raise ValueError(f"the pictures' size must be at least 8 pixels, got {size}")
+        if size<8:
+            raise ValueError(f"the pictures' size must be at least 8 pixels, got {size}")
         train,test = (_listing(p) for p in _folder(path))
         self.name,self.classes = path.resolve().name,train.classes
         self._check(test)
@@ -133,8 +142,10 @@ class Pictures:
         self.sha256,self.threads = hashlib.sha256(x.numpy().tobytes()+test_x.numpy().tobytes()).hexdigest()[:16],os.cpu_count()
 
     def _check(self, test):
-        if len(self.classes)<2: raise ValueError(f"{self.name}/train has the single class {self.classes[0]!r}: there is nothing to tell apart; add a second class folder")
-        if test.classes!=self.classes: raise ValueError(f"{self.name}: training and test folders differ in their classes: {sorted({*self.classes}^{*test.classes})} is in one of them only")
+        if len(self.classes)<2:
+            raise ValueError(f"{self.name}/train has the single class {self.classes[0]!r}: there is nothing to tell apart; add a second class folder")
+        if test.classes!=self.classes:
+            raise ValueError(f"{self.name}: training and test folders differ in their classes: {sorted({*self.classes}^{*test.classes})} is in one of them only")
 
     def split(self, seed)->Data: return self.data
 
@@ -157,8 +168,10 @@ class Recipe:
     grown_by:float=.375       # Share of the training after which the last event is over
 
     def __post_init__(self):
-        if self.steps<20: raise ValueError(f"a training needs at least 20 steps, got {self.steps}")
-        if not self.lr>0: raise ValueError(f"the learning rate must be positive, got {self.lr}")
+        if self.steps<20:
+            raise ValueError(f"a training needs at least 20 steps, got {self.steps}")
+        if not self.lr>0:
+            raise ValueError(f"the learning rate must be positive, got {self.lr}")
 
     @property
     def when(self)->EveryN: return EveryN(int(self.steps*self.grown_by/self.events), times=self.events)
@@ -222,7 +235,8 @@ class Run:
 def _next_batch(run):
     "Indices of the next training batch; each picture comes once per epoch."
     size = min(run.recipe.batch_size, len(run.data.x))
-    if len(run.queue)<size: run.queue = torch.randperm(len(run.data.x), generator=run.order)
+    if len(run.queue)<size:
+        run.queue = torch.randperm(len(run.data.x), generator=run.order)
     now,run.queue = run.queue[:size],run.queue[size:]
     return now
 
@@ -231,26 +245,32 @@ def _next_batch(run):
 def step(self:Run):
     "One training step."
     i = _next_batch(self)
-    for g in self.opt.param_groups: g['lr'] = self.recipe.lr*.5*(1+math.cos(math.pi*self.t/self.recipe.steps))
+    for g in self.opt.param_groups:
+        g['lr'] = self.recipe.lr*.5*(1+math.cos(math.pi*self.t/self.recipe.steps))
     loss = F.cross_entropy(self.model(self.data.x[i]), self.data.y[i])
     self.opt.zero_grad()
     loss.backward()
     self.opt.step()
     self.losses.append(loss.item())
     self.t,self.flops = self.t+1,self.flops+self.step_flops
-    if not math.isfinite(self.losses[-1]): raise ValueError(f"the training loss is {self.losses[-1]} after {self.t} steps: lower the learning rate")
+    if not math.isfinite(self.losses[-1]):
+        raise ValueError(f"the training loss is {self.losses[-1]} after {self.t} steps: lower the learning rate")
 
 # %% ../../nbs/experiments/01_demo.ipynb #0000002e
 def _grow_all(run, ks):
     "Grow both sites, each by itself at random where a dead layer gives the method nothing to go by."
     args = run.growth_pair,F.cross_entropy,run.opt
-    try: return grow(run.model, run.sites, ks, run.contender.method, *args)
-    except ValueError: return [_grow_one(run.model, s, k, run.contender.method, args) for s,k in zip(run.sites,ks)]
+    try:
+        return grow(run.model, run.sites, ks, run.contender.method, *args)
+    except ValueError:
+        return [_grow_one(run.model, s, k, run.contender.method, args) for s,k in zip(run.sites,ks)]
 
 # %% ../../nbs/experiments/01_demo.ipynb #0000002f
 def _grow_one(model, site, k, method, args):
-    try: return grow(model, site, k, method, *args)
-    except ValueError: return grow(model, site, k, MirrorRandom(), *args)
+    try:
+        return grow(model, site, k, method, *args)
+    except ValueError:
+        return grow(model, site, k, MirrorRandom(), *args)
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000030
 @patch
@@ -259,7 +279,8 @@ def grow(self:Run)->list:
     wanted = self.recipe.widths(len(self.records)//len(self.sites)+1)
     i = torch.randperm(len(self.data.x), generator=self.order)[:self.recipe.growth_batch]
     self.growth_pair = self.data.x[i],self.data.y[i]
-    with FlopCounterMode(display=False) as counter: new = _grow_all(self, [w-s.width for w,s in zip(wanted,self.sites)])
+    with FlopCounterMode(display=False) as counter:
+        new = _grow_all(self, [w-s.width for w,s in zip(wanted,self.sites)])
     self.flops,self.step_flops = self.flops+counter.get_total_flops(),self._step_flops()
     self.records += new
     return new
@@ -273,8 +294,10 @@ def fit(self:Run,
     due = event_steps(self.recipe.when, self.recipe.steps) if self.sites else []
     while self.t<self.recipe.steps:
         self.step()
-        if self.t in due: self.grow()
-        if watch is not None and self.t*10//self.recipe.steps > (self.t-1)*10//self.recipe.steps: watch(self)
+        if self.t in due:
+            self.grow()
+        if watch is not None and self.t*10//self.recipe.steps > (self.t-1)*10//self.recipe.steps:
+            watch(self)
     return self
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000039
@@ -284,7 +307,8 @@ def evaluate(
     y:torch.Tensor   # Labels
 )->tuple:            # Mean loss, share of right answers
     "Loss and accuracy of a model."
-    with torch.no_grad(): z = torch.cat([model(b) for b in x.split(1000)])
+    with torch.no_grad():
+        z = torch.cat([model(b) for b in x.split(1000)])
     return F.cross_entropy(z,y).item(), (z.argmax(1)==y).double().mean().item()
 
 # %% ../../nbs/experiments/01_demo.ipynb #0000003a
@@ -334,11 +358,14 @@ class Comparison:
 # %% ../../nbs/experiments/01_demo.ipynb #00000045
 def _stored(c):
     "Finished runs of this very comparison in its folder: `{(seed, name): run}`."
-    if not c.path.exists(): return {}
+    if not c.path.exists():
+        return {}
     try:
         old = json.loads(c.path.read_text(encoding='utf-8'))
-        if (old['config'],old['versions'])!=(c.config,c.versions): return {}
-    except (ValueError,KeyError,TypeError): raise ValueError(f"{c.path} is not a results file: move it away, or choose another output folder") from None
+        if (old['config'],old['versions'])!=(c.config,c.versions):
+            return {}
+    except (ValueError,KeyError,TypeError):
+        raise ValueError(f"{c.path} is not a results file: move it away, or choose another output folder") from None
     wanted = contenders(c.recipe)
     return {(r['seed'],r['method']):r for r in old['runs'] if r['method'] in wanted and r['setup']==repr(wanted[r['method']].method)}
 
@@ -387,8 +414,10 @@ def paired(
 def _against(runs, best, other, claim, holds):
     "One sentence: does `best` keep `claim` against `other`?"
     d,se,n = paired(runs, best, other)
-    if not n: return None
-    if se is None: return f"{best} against {other}: {d:+.2f} points, one seed only, so nothing can be said about chance."
+    if not n:
+        return None
+    if se is None:
+        return f"{best} against {other}: {d:+.2f} points, one seed only, so nothing can be said about chance."
     return f"{best} is {claim} {other}: {'yes' if holds(d,se) else 'NO'} ({d:+.2f} ± {se:.2f} points, paired over {n} seeds)."
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000051
@@ -398,7 +427,8 @@ def verdict(
     "Whether the best growing method keeps what this package promises."
     rows = summary(runs)
     best = next((r for r in rows if not r['method'].startswith('Baseline')), None)
-    if best is None: return ['No growing method was run.']
+    if best is None:
+        return ['No growing method was run.']
     above,level = (lambda d,se: d>se), (lambda d,se: d>=-se)
     said = [_against(runs, best['method'], o, 'above', above) for o in ('Baseline-Small','RandomGrowth') if o!=best['method']]
     said.append(_against(runs, best['method'], 'Baseline-Big', 'at or above (within one standard error)', level))
@@ -409,12 +439,15 @@ def verdict(
 def _one(c, seed, name, watch):
     "Train one contender; keep the checkpoint of the first seed."
     began,cpu,data,contender = time.time(),time.process_time(),c.source.split(seed),contenders(c.recipe)[name]
-    try: run = Run(contender, data, c.recipe, seed).fit(watch)
-    except ValueError as e: raise ValueError(f"{name}, seed {seed}: {e}") from e
+    try:
+        run = Run(contender, data, c.recipe, seed).fit(watch)
+    except ValueError as e:
+        raise ValueError(f"{name}, seed {seed}: {e}") from e
     big = small_net(c.recipe.full_widths, data.x.shape[1], data.x.shape[-1], data.classes)
     out = run.result()
     out['relative_flops'] = out['flops']/(3*count_flops(big, data.x[:c.recipe.batch_size])*c.recipe.steps)
-    if seed==0 and run.sites: save_grown(_parent(c.checkpoint(name)), run.model, opt=run.opt, history=out['growth'])
+    if seed==0 and run.sites:
+        save_grown(_parent(c.checkpoint(name)), run.model, opt=run.opt, history=out['growth'])
     return dict(method=name, seed=seed, setup=repr(contender.method), threads=torch.get_num_threads(), seconds=round(time.time()-began,2),
                 cpu_seconds=round(time.process_time()-cpu,2), **out)
 
@@ -432,19 +465,22 @@ class Progress:
     ):
         self.done,self.lines = 0,show and not (IN_NOTEBOOK or sys.stdout.isatty())
         self.bar = progress_bar(range(10*total)) if show and not self.lines and total else None
-        if self.bar is not None: self.bar.update(0)
+        if self.bar is not None:
+            self.bar.update(0)
 
     def watching(self, seed, name):
         "A function for `Run.fit`."
         def watch(run):
-            if self.bar is None: return
+            if self.bar is None:
+                return
             self.bar.comment = f"{name}, seed {seed}, loss {run.losses[-1]:.3f}".ljust(38)
             self.bar.update(self.done*10+run.t*10//run.recipe.steps)
         return watch
 
     def finished(self, r):
         self.done += 1
-        if self.lines: print(f"{r['method']:<14} seed {r['seed']}: training loss {r['train_loss']:.4f}, test accuracy {r['accuracy']:.2f} %", flush=True)
+        if self.lines:
+            print(f"{r['method']:<14} seed {r['seed']}: training loss {r['train_loss']:.4f}, test accuracy {r['accuracy']:.2f} %", flush=True)
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000057
 def run_demo(
@@ -465,9 +501,12 @@ def run_demo(
             bar.finished(runs[seed,name])
             body = _store(c, runs)
         finished = True
-    except KeyboardInterrupt: pass
-    finally: torch.set_num_threads(before)
-    if not runs: raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    finally:
+        torch.set_num_threads(before)
+    if not runs:
+        raise KeyboardInterrupt
     return body or json.loads(c.path.read_text(encoding='utf-8')), finished
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000061
@@ -486,7 +525,8 @@ def _plot_curves(ax, runs, names, best):
         mine = [r for r in runs if r['method']==n]
         ax.plot(*_median_curve(mine), label=n, color=_colours[n], lw=2.2 if n==best else 1.6, ls='--' if n=='Baseline-Big' else '-')
     marks = sorted({g['step'] for r in runs if r['method']==best for g in r['growth']})
-    for i,s in enumerate(marks): ax.axvline(s, color=_colours.get(best), lw=.8, ls=':', label='growth event' if i==0 else None)
+    for i,s in enumerate(marks):
+        ax.axvline(s, color=_colours.get(best), lw=.8, ls=':', label='growth event' if i==0 else None)
     ax.set(yscale='log', xlabel='training step', ylabel='training loss (median over seeds)')
     ax.legend(frameon=False)
 
@@ -516,7 +556,8 @@ def demo_figure(
     _plot_costs(right, rows)
     left.set_title(f'{best} starts small and grows while it trains' if best else 'Training loss')
     right.set_title('Accuracy and what it cost')
-    for ax in (left,right): ax.spines[['top','right']].set_visible(False)
+    for ax in (left,right):
+        ax.spines[['top','right']].set_visible(False)
     return fig
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000066
@@ -528,7 +569,8 @@ def figure_bytes(
     "The figure as a file's contents, the same each time."
     from matplotlib import rc_context
     buffer,meta = io.BytesIO(),{'Software':None} if format=='png' else {'Date':None}
-    with rc_context({'svg.hashsalt':'gradmax'}): fig.savefig(buffer, format=format, dpi=dpi, metadata=meta)
+    with rc_context({'svg.hashsalt':'gradmax'}):
+        fig.savefig(buffer, format=format, dpi=dpi, metadata=meta)
     return buffer.getvalue()
 
 # %% ../../nbs/experiments/01_demo.ipynb #00000067

@@ -21,8 +21,10 @@ def versions(
     "What the numbers depend on besides the code here; raises `ValueError` for a distribution that is not installed."
     out = dict(gradmax_nb=__version__, python=platform.python_version(), torch=str(torch.__version__))
     for name in extra:
-        try: out[name.replace('-','_')] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: raise ValueError(f"no distribution {name!r} is installed: use its name as in `pip list`") from None
+        try:
+            out[name.replace('-','_')] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(f"no distribution {name!r} is installed: use its name as in `pip list`") from None
     return out
 
 # %% ../../nbs/experiments/00a_records.ipynb #0000000a
@@ -52,4 +54,5 @@ def write_text(
     try:
         new.write_text(text, encoding='utf-8')
         os.replace(new, path)
-    finally: new.unlink(missing_ok=True)
+    finally:
+        new.unlink(missing_ok=True)

@@ -21,8 +21,10 @@ def read_run(
     "What a run folder says."
     def read(name):
         path = Path(folder)/name
-        try: return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
-        except ValueError: raise ValueError(f"{path} is not JSON, so this is no run folder: leave it out") from None
+        try:
+            return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+        except ValueError:
+            raise ValueError(f"{path} is not JSON, so this is no run folder: leave it out") from None
     return dict(config=read('config.json'), log=read('log.json') or dict(sessions=[],epochs=[],growth=[]), result=read('result.json'))
 
 def find_runs(
@@ -30,14 +32,17 @@ def find_runs(
 )->list:     # Paths, sorted
     "All run folders below."
     found = sorted({p.parent for f in folders for p in Path(f).rglob('config.json')})
-    if not found: raise ValueError(f"no runs below {', '.join(map(str,folders))}: a run folder holds a config.json")
+    if not found:
+        raise ValueError(f"no runs below {', '.join(map(str,folders))}: a run folder holds a config.json")
     return found
 
 # %% ../../nbs/experiments/00d_results.ipynb #00000009
 def _short(v):
     "Floats with seven digits, in nested values; None where there is no finite number."
-    if isinstance(v, float): return float(f'{v:.7g}') if math.isfinite(v) else None
-    if isinstance(v, dict): return {k:_short(o) for k,o in v.items()}
+    if isinstance(v, float):
+        return float(f'{v:.7g}') if math.isfinite(v) else None
+    if isinstance(v, dict):
+        return {k:_short(o) for k,o in v.items()}
     return [_short(o) for o in v] if isinstance(v, (list,tuple)) else v
 
 def _event(e):
@@ -69,9 +74,12 @@ def read_results(
     path # JSON file written from `collect`
 )->dict:
     "The contents of a results file; raises `ValueError` if it is none."
-    try: out = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError: out = None
-    if not isinstance(out,dict) or not {'common','runs'} <= set(out): raise ValueError(f"{path} is not a results file: make one with `python -m gradmax_nb.experiments.results`")
+    try:
+        out = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError:
+        out = None
+    if not isinstance(out,dict) or not {'common','runs'} <= set(out):
+        raise ValueError(f"{path} is not a results file: make one with `python -m gradmax_nb.experiments.results`")
     return out
 
 # %% ../../nbs/experiments/00d_results.ipynb #0000000e
@@ -91,11 +99,14 @@ def table(
     "One row per method: mean and standard deviation over the seeds, the best test accuracy first; hours are training and growing, on the wall clock."
     of = lambda r: (r['method'], bool(r['differs'].get('norm',results['common'].get('norm'))))
     rows,out = {},[]
-    for r in results['runs']: rows.setdefault(of(r),[]).append(r)
+    for r in results['runs']:
+        rows.setdefault(of(r),[]).append(r)
     for (method,norm),runs in rows.items():
         done = [dict(r['result'], hours=(r['result']['seconds']['train']+r['result']['seconds']['growth'])/3600) for r in runs if r['result']]
-        if done: out.append(_line(method, norm, pd.DataFrame(done), len(runs)-len(done)))
-        else: out.append(dict(method=method, norm=norm, runs=0, diverged=len(runs), order=-1.))
+        if done:
+            out.append(_line(method, norm, pd.DataFrame(done), len(runs)-len(done)))
+        else:
+            out.append(dict(method=method, norm=norm, runs=0, diverged=len(runs), order=-1.))
     out = pd.DataFrame(out, columns=['method','norm','runs','diverged','test accuracy, %','training loss','FLOPs','hours','order'])
     out = out.sort_values('order', ascending=False, ignore_index=True).drop(columns='order')
     return out.astype(object).where(out.notna(), '')
@@ -109,7 +120,8 @@ def paired(
     "Difference to another method with the same seed: mean, standard error and number of seeds, the largest first."
     done = pd.DataFrame([(r['method'],r['seed'],r['result'][key]) for r in results['runs'] if r['result']], columns=['method','seed',key])
     wide = done.pivot(index='seed', columns='method', values=key)
-    if other not in wide: return pd.DataFrame(columns=['mean','sem','count'])
+    if other not in wide:
+        return pd.DataFrame(columns=['mean','sem','count'])
     return wide.sub(wide[other], axis=0).agg(['mean','sem','count']).T.drop(index=other).sort_values('mean', ascending=False)
 
 # %% ../../nbs/experiments/00d_results.ipynb #00000014
@@ -127,11 +139,14 @@ def curves(
     done = [r for r in results['runs'] if r['result']]
     fig = Figure(figsize=(10,3.6), dpi=80, layout='constrained')
     left,right = fig.subplots(1,2)
-    for i,m in enumerate(dict.fromkeys(r['method'] for r in done)): _draw(left, right, m, [r for r in done if r['method']==m], f'C{i%10}', '-' if i<10 else ':')
+    for i,m in enumerate(dict.fromkeys(r['method'] for r in done)):
+        _draw(left, right, m, [r for r in done if r['method']==m], f'C{i%10}', '-' if i<10 else ':')
     left.set(xlabel='epoch', ylabel='test accuracy, %', title=title)
     right.set(xlabel='training FLOPs, Baseline-Big = 1', ylabel='final test accuracy, %', title='What it cost')
-    if done: right.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1,.5))
-    for ax in (left,right): ax.spines[['top','right']].set_visible(False)
+    if done:
+        right.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1,.5))
+    for ax in (left,right):
+        ax.spines[['top','right']].set_visible(False)
     return fig
 
 def _draw(left, right, method, runs, colour, style):
@@ -155,4 +170,5 @@ def main(
     return 0
 
 # %% ../../nbs/experiments/00d_results.ipynb #0000001a
-if __name__=='__main__': raise SystemExit(main())
+if __name__=='__main__':
+    raise SystemExit(main())

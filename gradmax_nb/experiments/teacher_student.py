@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .records import hardware, versions, write_text
 from ..methods import (ActivationRMS, AsComputed, Ascent, BoundMax, Firefly, GradMax, GradMaxOpt, Lookahead, MeanNorm, MirrorFirefly,
     MirrorGradMax, MirrorGradMaxOpt, MirrorRandom, OfficialRandom, RandomGrowth, Sequential, SignRule, ascend, _adam, _pick, _roots)
-from ..schedule import EveryN, event_steps
-from ..viz import _axes
+from ..train.schedules import EveryN, event_steps
+from ..show.figures import _axes
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000006
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ class Setting:
 
     def __post_init__(self):
         events = event_steps(self.when, self.steps)
-        if not 0<self.seed<self.width: raise ValueError(f"{self.name}: a student of {self.seed} neurons cannot grow to {self.width}; the seed must be smaller, and at least 1")
-        if not events or (self.width-self.seed)%len(events): raise ValueError(f"{self.name}: {self.width-self.seed} neurons cannot be shared evenly among {len(events)} growth events")
+        if not 0<self.seed<self.width:
+            raise ValueError(f"{self.name}: a student of {self.seed} neurons cannot grow to {self.width}; the seed must be smaller, and at least 1")
+        if not events or (self.width-self.seed)%len(events):
+            raise ValueError(f"{self.name}: {self.width-self.seed} neurons cannot be shared evenly among {len(events)} growth events")
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000009
 SMALL = Setting('small', 20, 10, 10, 5)                 # 20:5:10 grows to 20:10:10
@@ -133,7 +135,8 @@ class Students:
         "Student `i` as an ordinary PyTorch model."
         out = nn.Sequential(*(nn.Linear(w.shape[2], w.shape[1], bias=False, dtype=w.dtype) for w in (self.w_in,self.w_out)))
         with torch.no_grad():
-            for layer,w in zip(out,(self.w_in,self.w_out)): layer.weight.copy_(w[i])
+            for layer,w in zip(out,(self.w_in,self.w_out)):
+                layer.weight.copy_(w[i])
         return nn.Sequential(out[0], nn.ReLU(), out[1])
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000011
@@ -193,7 +196,8 @@ class Now:
         self.delta = (students.hidden(x)@students.w_out.mT-y)*2/y.numel()  # (r, n, d_out)
         self.M = x.T@self.delta                                            # (r, d_in, d_out)
         lost = int((~self.M.isfinite().all(2).all(1)).sum())
-        if lost: raise ValueError(f"{lost} of {len(self.M)} students have diverged: lower the learning rate, or give new neurons shorter weights")
+        if lost:
+            raise ValueError(f"{lost} of {len(self.M)} students have diverged: lower the learning rate, or give new neurons shorter weights")
 
     def gaussian(self, k, d): return _unit3(torch.randn(len(self.M), k, d, generator=self.generator).to(self.x))
     @cached_property
@@ -226,7 +230,8 @@ def _climb(score, now, start, steps, lr):
 def _best(directions, score, k, similarity, alike=None):
     "Each student's best `k` directions that are not alike; likeness is measured on `alike` if given."
     chosen = [_pick(p, s, k, similarity) for p,s in zip(directions if alike is None else alike, score)]
-    if min(map(len,chosen))<k: raise ValueError(f"{k} neurons were asked for, but a student has only {min(map(len,chosen))} directions with a gradient; ask for fewer")
+    if min(map(len,chosen))<k:
+        raise ValueError(f"{k} neurons were asked for, but a student has only {min(map(len,chosen))} directions with a gradient; ask for fewer")
     return directions.gather(1, torch.tensor(chosen)[...,None].expand(-1,-1,directions.shape[2]))
 
 def _signed(t): return torch.cat([t,-t], 1)
@@ -234,8 +239,10 @@ def _signed(t): return torch.cat([t,-t], 1)
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000021
 def _length(rule, now, direction, mean):
     "Lengths `(r, k)` by the rules that need no search here, since a ReLU's activation grows in proportion."
-    if isinstance(rule, MeanNorm): return rule.scale*mean.expand(direction.shape[:2])
-    if not isinstance(rule, ActivationRMS): raise TypeError(f"lengths by {type(rule).__name__} are not offered for stacks of students; use MeanNorm or ActivationRMS")
+    if isinstance(rule, MeanNorm):
+        return rule.scale*mean.expand(direction.shape[:2])
+    if not isinstance(rule, ActivationRMS):
+        raise TypeError(f"lengths by {type(rule).__name__} are not offered for stacks of students; use MeanNorm or ActivationRMS")
     rms = lambda w: _activation(now,w).square().mean(1).sqrt()
     return (rule.scale*rms(now.students.w_in).mean(1,keepdim=True)/rms(direction)).minimum(rule.limit*mean)
 
@@ -354,7 +361,8 @@ def step_flops(
     "FLOPs of one training step of one student, forward and backward, by torch's counter."
     net = newborn(setting, 1, width).module(0)
     x,y = torch.zeros(setting.samples,setting.d_in),torch.zeros(setting.samples,setting.d_out)
-    with FlopCounterMode(display=False) as counter: nn.functional.mse_loss(net(x),y).backward()
+    with FlopCounterMode(display=False) as counter:
+        nn.functional.mse_loss(net(x),y).backward()
     return counter.get_total_flops()
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000039
@@ -379,7 +387,8 @@ def contenders(
            'BoundMax':Contender(BoundMax()), 'BoundMax, ascent':Contender(BoundMax(ascent=Ascent())),
            'Baseline-Big':Contender(big=True)}
     late = dict(when=EveryN(200, start=280, times=5), slower=.96)
-    if setting.width>=50: out.update({'MirrorGradMax, tuned':Contender(MirrorGradMax(MeanNorm(1.35),Ascent(10)), **late), 'Baseline-Big, slower':Contender(big=True, **late)})
+    if setting.width>=50:
+        out.update({'MirrorGradMax, tuned':Contender(MirrorGradMax(MeanNorm(1.35),Ascent(10)), **late), 'Baseline-Big, slower':Contender(big=True, **late)})
     return out
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #0000003b
@@ -420,7 +429,8 @@ def train(self:Course,
     self.flops += (until-self.t)*step_flops(self.task.setting, self.students.width)
     while self.t<until:
         d.step(lr, self.rates)
-        if self.t%self.every==0: self._note(d)
+        if self.t%self.every==0:
+            self._note(d)
         self.t += 1
     return self
 
@@ -444,7 +454,8 @@ def grow(self:Course,
     "One growth event for every student; notes the gradient norms it leaves."
     s,old = self.task,self.students
     u,v = propose(method, Now(old,s.x,s.y,generator), k)
-    if slower!=1: self.rates = torch.cat([self._slowed(slower), torch.ones(k)])
+    if slower!=1:
+        self.rates = torch.cat([self._slowed(slower), torch.ones(k)])
     self.students = old.widened(u, v)
     d = _Descent(self.students, s)
     d.gradients()
@@ -465,8 +476,10 @@ def travel(
     due,g = events_of(s, contender),torch.Generator().manual_seed(task.teacher)
     for t in due:
         c.train(t)
-        if contender.method is None: c.rates = c._slowed(contender.slower)
-        else: c.grow(contender.method, (s.width-s.seed)//len(due), g, contender.slower)
+        if contender.method is None:
+            c.rates = c._slowed(contender.slower)
+        else:
+            c.grow(contender.method, (s.width-s.seed)//len(due), g, contender.slower)
     return c.train(s.steps)
 
 def events_of(
@@ -481,11 +494,13 @@ def growth_flops(
     contender:Contender # Method and schedule
 )->int:
     "FLOPs of all that a contender computes to choose its new neurons, for one student, by torch's counter (decompositions are not counted by it)."
-    if contender.method is None: return 0
+    if contender.method is None:
+        return 0
     task,due,total = Task(setting, 0),events_of(setting, contender),0
     k = (setting.width-setting.seed)//len(due)
     for i in range(len(due)):
-        with FlopCounterMode(display=False) as counter: propose(contender.method, Now(newborn(setting,1,setting.seed+i*k),task.x,task.y,torch.Generator().manual_seed(0)), k)
+        with FlopCounterMode(display=False) as counter:
+            propose(contender.method, Now(newborn(setting,1,setting.seed+i*k),task.x,task.y,torch.Generator().manual_seed(0)), k)
         total += counter.get_total_flops()
     return total
 
@@ -498,7 +513,8 @@ def all_courses(
     "All contenders on one task; what they have in common is computed once."
     first = {n:events_of(task.setting,c)[0] for n,c in contestants.items() if c.method is not None}
     seed_course,starts,out = Course(task, newborn(task.setting,seeds,task.setting.seed)),{},{}
-    for t in sorted(set(first.values())): starts[t] = seed_course.train(t).copy()
+    for t in sorted(set(first.values())):
+        starts[t] = seed_course.train(t).copy()
     for n,c in contestants.items():
         out[n] = travel(task, c, seeds, starts[first[n]] if n in first else None if c.big else seed_course)
     return out
@@ -516,9 +532,11 @@ class Study:
 
     def __post_init__(self):
         known = {n for s in self.settings for n in self.entries(s)}
-        if wrong := [n for n in self.names or () if n not in known]: raise ValueError(f"there is no contender {wrong[0]!r}; there are: {'; '.join(sorted(known))}")
+        if wrong := [n for n in self.names or () if n not in known]:
+            raise ValueError(f"there is no contender {wrong[0]!r}; there are: {'; '.join(sorted(known))}")
         for n in ('teachers','seeds'):
-            if getattr(self,n)<1: raise ValueError(f"`{n}` must be at least 1, got {getattr(self,n)}")
+            if getattr(self,n)<1:
+                raise ValueError(f"`{n}` must be at least 1, got {getattr(self,n)}")
 
     def contenders(self, setting)->dict: return {n:c for n,c in self.entries(setting).items() if self.names is None or n in self.names}
 
@@ -575,7 +593,8 @@ def _compared(parts):
     for name,courses in (parts[0] if parts else {}).items():
         firsts = [[p[name][e].events[0] for p in parts] for e in range(len(courses))]
         out[name] = dict(norms=[_digits(torch.cat([f[1] for f in e]).tolist()) for e in firsts], rises=[_digits(torch.cat([f[2] for f in e]).tolist()) for e in firsts])
-        if not courses[0].notes: continue
+        if not courses[0].notes:
+            continue
         losses = [_losses(parts, name, e) for e in range(len(courses))]
         gaps = [_losses(parts, 'Random', e)-l for e,l in enumerate(losses)]
         out[name].update(step=[n[0] for n in courses[0].notes], mean_loss=[_digits(l.mean(0).tolist()) for l in losses],
@@ -612,7 +631,8 @@ def _gathered(costs, jobs, again):
     "Results of all teachers by contender; `jobs` is a list of `(courses, longer)` per teacher."
     ofall = lambda i,n: [next(job[i][n] for job in teacher if n in job[i]) for teacher in jobs]
     methods = {n:_summarised(ofall(0,n), cost) for n,cost in costs.items()}
-    for n in {n:None for job in jobs[0] for n in job[1]}: methods[n]['equal'] = dict(steps=ofall(1,n)[0].t, **_finals(ofall(1,n)))
+    for n in {n:None for job in jobs[0] for n in job[1]}:
+        methods[n]['equal'] = dict(steps=ofall(1,n)[0].t, **_finals(ofall(1,n)))
     return dict(methods=methods, restarts=_compared(again if again[0] else []))
 
 def run_setting(
@@ -629,7 +649,8 @@ def run_setting(
         again = [pool.submit(_packed, _restart_job, study, setting, t) for t in teachers]
         for j in as_completed([*sum(jobs,[]),*again]):
             j.result()
-            if tick is not None: tick()
+            if tick is not None:
+                tick()
     return dict(facts=study.facts(setting), **_gathered(costs, [[_unpacked(j) for j in t] for t in jobs], [_unpacked(j) for j in again]))
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000054
@@ -650,17 +671,20 @@ def _packed(f, *args): return pickle.dumps(f(*args))
 def _unpacked(job): return pickle.loads(job.result())
 
 def _pool(processes):
-    if processes==1: return _Here()
+    if processes==1:
+        return _Here()
     return ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,))
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000056
 def _kept(study, path):
     "Settings in the results file that this study would run in the same way."
-    if not path.exists(): return {}
+    if not path.exists():
+        return {}
     try:
         old = json.loads(path.read_text(encoding='utf-8'))
         stored,same = old['settings'],old['versions']==versions()
-    except (ValueError,KeyError,TypeError): raise ValueError(f"{path} is not a results file of this study: move it away, or choose another output folder") from None
+    except (ValueError,KeyError,TypeError):
+        raise ValueError(f"{path} is not a results file of this study: move it away, or choose another output folder") from None
     return {s.name:stored[s.name] for s in study.settings if same and s.name in stored and stored[s.name]['facts']==json.loads(json.dumps(study.facts(s)))}
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000057
@@ -669,15 +693,18 @@ class _Ticks:
     def __init__(self, name, total, show):
         self.name,self.done,self.began,self.show = name,0,time.time(),show
         self.bar = progress_bar(range(total)) if show and (IN_NOTEBOOK or sys.stdout.isatty()) else None
-        if self.bar is not None: self()
+        if self.bar is not None:
+            self()
     def __call__(self):
-        if self.bar is None: return
+        if self.bar is None:
+            return
         self.bar.comment = self.name
         self.bar.update(self.done)
         self.done += 1
     def finished(self, text):
         seconds = round(time.time()-self.began, 1)
-        if self.show and self.bar is None: print(f"{self.name}: {text} in {seconds:.0f} s", flush=True)
+        if self.show and self.bar is None:
+            print(f"{self.name}: {text} in {seconds:.0f} s", flush=True)
         return seconds
 
 # %% ../../nbs/experiments/01_teacher_student.ipynb #00000058
@@ -692,7 +719,8 @@ def run_study(
     path = Path(path)
     settings = {} if fresh else _kept(study, path)
     for s in study.settings:
-        if s.name in settings: continue
+        if s.name in settings:
+            continue
         ticks = _Ticks(s.name, study.teachers*(1+min(2,len(study.contenders(s)))), show)
         settings[s.name] = run_setting(study, s, processes, ticks)
         settings[s.name]['wall_seconds'] = ticks.finished(f"{study.teachers} teachers x {study.seeds} seeds x {len(study.contenders(s))} contenders")
@@ -713,7 +741,8 @@ def ratios(
 )->dict:                     # 'train' and 'fresh' -> ratio of the mean final losses, lower and upper end of its 95 % interval
     "How large the final losses of a contender are relative to another's; raises `ValueError` for one that was not run."
     for n in (name,base):
-        if n not in results['methods']: raise ValueError(f"{n!r} was not run; there are: {'; '.join(results['methods'])}")
+        if n not in results['methods']:
+            raise ValueError(f"{n!r} was not run; there are: {'; '.join(results['methods'])}")
     g,out = torch.Generator().manual_seed(0),{}
     for what in ('train','fresh'):
         a,b = (torch.tensor(results['methods'][n][what], dtype=torch.float64) for n in (name,base))
@@ -821,7 +850,8 @@ def plot_cost(
         for n,m in methods.items():
             v = torch.tensor(m[what]).flatten()
             ax.errorbar((m['flops']+m['growth_flops'])/full, v.mean(), v.std()/len(v)**.5, fmt='s' if n.startswith('Baseline') else 'o', ms=6, capsize=3, color=_look(n)['color'], label=n)
-            if 'equal' in m: ax.plot(1, torch.tensor(m['equal'][what]).mean(), 'o', ms=6, mfc='none', color=_look(n)['color'])
+            if 'equal' in m:
+                ax.plot(1, torch.tensor(m['equal'][what]).mean(), 'o', ms=6, mfc='none', color=_look(n)['color'])
         ax.set_yscale('log')
     axes[1].legend(frameon=False, fontsize='x-small', loc='center left', bbox_to_anchor=(1,.5))
     return axes
@@ -836,7 +866,8 @@ def write_figures(
     out = []
     for name,r in results['settings'].items():
         drawn = {'learning':plot_learning(r), 'gradient':plot_ratio(r), **({'cost':plot_cost(r)[0]} if 'Baseline-Big' in r['methods'] else {}), **({'norms':plot_norms(r)} if r['restarts'] else {})}
-        if any('gap' in o for o in r['restarts'].values()): drawn.update({f'lasting-{n}':plot_gaps(r,n)[0] for n in r['restarts'] if n!='Random'})
+        if any('gap' in o for o in r['restarts'].values()):
+            drawn.update({f'lasting-{n}':plot_gaps(r,n)[0] for n in r['restarts'] if n!='Random'})
         for what,ax in drawn.items():
             out.append(Path(folder)/f"{name}-{what.replace(', ','-').replace(' ','-')}.png")
             ax.figure.savefig(out[-1], dpi=110)
@@ -854,7 +885,8 @@ def journey(
     c = Course(task, newborn(s, 1, s.width if contender.big else s.seed))
     for t in range(0, s.steps+1, every):
         for d in due:
-            if t-every<d<=t: c.train(d).grow(contender.method, (s.width-s.seed)//len(due), g, contender.slower)
+            if t-every<d<=t:
+                c.train(d).grow(contender.method, (s.width-s.seed)//len(due), g, contender.slower)
         now = Now(c.train(t).students, task.x, task.y, g)
         out.append(dict(step=t, width=c.students.width, loss=c.students.loss(task.x,task.y).item(), sigma=torch.linalg.svdvals(now.M[0]).tolist()))
     return out
@@ -891,7 +923,8 @@ def explore(
     task,known,seen = Task(setting,teacher),contenders(setting),{}
     def show(first, second, look):
         for n in (first,second):
-            if n not in seen: seen[n] = journey(task, known[n])
+            if n not in seen:
+                seen[n] = journey(task, known[n])
         display(draw_journeys({n:seen[n] for n in (first,second)}, look))
     return interact(show, first=Dropdown(options=list(known), value='GradMax'), second=Dropdown(options=list(known), value='MirrorGradMax, ascent'),
                     look=IntSlider(setting.steps//100, 0, setting.steps//100, continuous_update=False))
@@ -919,10 +952,13 @@ def study_command(
 )->int:  # Exit code
     "`gradmax teacher-student`"
     names = ['small'] if args.quick else [n.strip() for n in args.settings.split(',') if n.strip()]
-    if wrong := [n for n in names if n not in _settings]: raise ValueError(f"--settings {args.settings}: there is no task {wrong[0]!r}; choose from {', '.join(_settings)}")
+    if wrong := [n for n in names if n not in _settings]:
+        raise ValueError(f"--settings {args.settings}: there is no task {wrong[0]!r}; choose from {', '.join(_settings)}")
     size = (2,3) if args.quick else (args.teachers,args.seeds)
     study = Study(tuple(_settings[n] for n in names), *size, args.first_teacher, _few if args.quick else None)
     results = run_study(study, Path(args.out)/'results.json', args.fresh, args.processes or (1 if args.quick else os.cpu_count()))
-    for n,r in results['settings'].items(): print(f"\n{n}: {r['facts']['teachers']} teachers, {r['facts']['seeds']} seeds each\n{table(r).to_string()}")
-    for path in [Path(args.out)/'results.json', *write_figures(results, args.out)]: print(path)
+    for n,r in results['settings'].items():
+        print(f"\n{n}: {r['facts']['teachers']} teachers, {r['facts']['seeds']} seeds each\n{table(r).to_string()}")
+    for path in [Path(args.out)/'results.json', *write_figures(results, args.out)]:
+        print(path)
     return 0

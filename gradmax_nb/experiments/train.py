@@ -21,8 +21,8 @@ from .results import collect, read_run, table
 from gradmax_nb.experiments.training import (Autocast, Compiled, Corner, Eager, FullPrecision, Patterns, Progress, Run, Setup, Stopped, check_folder, contenders, result_of,
     stoppable)
 from ..methods import FixedLength
-from ..rates import Times
-from ..schedule import RoundRobin
+from ..train.rates import Times
+from ..train.schedules import RoundRobin
 
 # %% ../../nbs/experiments/04_train.ipynb #00000005
 def recipes()->dict: # Name -> `Recipe`
@@ -32,14 +32,18 @@ def recipes()->dict: # Name -> `Recipe`
 # %% ../../nbs/experiments/04_train.ipynb #00000006
 def _whole(text):
     "A whole number of at least 1."
-    if not text.isdecimal() or int(text)<1: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    if not text.isdecimal() or int(text)<1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
 
 def _positive(text):
     "A positive number."
-    try: value = float(text)
-    except ValueError: value = 0
-    if not 0<value<float('inf'): raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0<value<float('inf'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
     return value
 
 # %% ../../nbs/experiments/04_train.ipynb #00000007
@@ -97,10 +101,14 @@ def setup_of(
     "What the arguments ask for."
     r = recipes()[args.network]
     given = {k:getattr(args,k) for k in ('epochs','batch_size','lr','growth_batch','loudness') if getattr(args,k) is not None}
-    if args.round_robin: given['growing'] = replace(r.growing, every=r.growing.every*150/2500, where=RoundRobin())
-    if args.corner: given['seed_weights'] = Corner()
-    if args.length: given['length'] = type(r.length)(args.length)
-    if args.young_rate: given['young'] = Times(args.young_rate)
+    if args.round_robin:
+        given['growing'] = replace(r.growing, every=r.growing.every*150/2500, where=RoundRobin())
+    if args.corner:
+        given['seed_weights'] = Corner()
+    if args.length:
+        given['length'] = type(r.length)(args.length)
+    if args.young_rate:
+        given['young'] = Times(args.young_rate)
     precision = FullPrecision() if args.amp is None else Autocast({'bf16':'bfloat16','fp16':'float16'}[args.amp])
     engine = Eager() if args.compile is None else Compiled(*args.compile.split(':',1))
     return Setup(replace(r,**given), method or args.method, args.seed if seed is None else seed, args.norm, args.equal_flops, precision, engine, not args.no_channels_last, args.check_every)
@@ -111,18 +119,23 @@ def _heeded(args, names):
     usual = contenders()
     tried = {'--length':(args.length,contenders(length=FixedLength(7.))), '--loudness':(args.loudness,contenders(loudness=7.))}
     deaf = [o for o,(value,other) in tried.items() if value and all(other[n]==usual[n] for n in names)]
-    if args.young_rate and not any(usual[n].grows for n in names): deaf.append('--young-rate')
-    if deaf: raise ValueError(f"{' and '.join(deaf)} would change nothing for {', '.join(names)}: leave it out, or name another method")
+    if args.young_rate and not any(usual[n].grows for n in names):
+        deaf.append('--young-rate')
+    if deaf:
+        raise ValueError(f"{' and '.join(deaf)} would change nothing for {', '.join(names)}: leave it out, or name another method")
 
 # %% ../../nbs/experiments/04_train.ipynb #0000000e
 def _device(args):
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try: torch.empty(1, device=name)
-    except (RuntimeError,AssertionError) as e: raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; choose cpu, or a GPU that torch sees") from None
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError,AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}; choose cpu, or a GPU that torch sees") from None
     return name
 
 def _pictures(args):
-    if args.data=='patterns': return Patterns(size=args.size or 32)
+    if args.data=='patterns':
+        return Patterns(size=args.size or 32)
     from gradmax_nb.experiments.pictures import load_images
     return load_images(args.data, size=args.size, cache=args.cache)
 
@@ -138,8 +151,10 @@ def one_run(
     torch.set_num_threads(args.threads)
     try:
         run = Run(setup, data, folder, _device(args), args.save_seconds)
-        with stoppable(run): return run.fit(Progress())
-    finally: torch.set_num_threads(before)
+        with stoppable(run):
+            return run.fit(Progress())
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/04_train.ipynb #00000011
 _options = ('data','epochs','batch_size','lr','growth_batch','loudness','length','young_rate','size','device','threads','amp','compile','check_every','save_seconds','cache')
@@ -160,10 +175,12 @@ def command_of(
 def _names(args):
     "The methods of a sweep."
     known = list(contenders())
-    if args.methods is None: return known
+    if args.methods is None:
+        return known
     names = list(dict.fromkeys(n.strip() for n in args.methods.split(',') if n.strip()))
     wrong = [n for n in names if n not in known]
-    if wrong or not names: raise ValueError(f"--methods {args.methods}: {'nothing was named' if not names else 'unknown '+', '.join(wrong)}; choose from {', '.join(known)}")
+    if wrong or not names:
+        raise ValueError(f"--methods {args.methods}: {'nothing was named' if not names else 'unknown '+', '.join(wrong)}; choose from {', '.join(known)}")
     return names
 
 def _tasks(args):
@@ -174,7 +191,8 @@ def _tasks(args):
 def _state(folder, config):
     "'done', 'diverged' or 'open'; raises `ValueError` if the folder holds another run."
     check_folder(folder, config)
-    if result_of(folder) is not None: return 'done'
+    if result_of(folder) is not None:
+        return 'done'
     return 'diverged' if 'diverged' in read_run(folder)['log'] else 'open'
 
 def _open_tasks(args, data):
@@ -182,7 +200,8 @@ def _open_tasks(args, data):
     states = [(t,_state(t[2], setup_of(args,*t[:2]).config(data))) for t in _tasks(args)]
     for s in ('done','diverged'):
         names = [f'{n} seed {seed}' for (n,seed,_),state in states if state==s]
-        if names: print(f"{s} already, skipped: {', '.join(names)}" + (' (delete a folder to try again)' if s=='diverged' else ''), flush=True)
+        if names:
+            print(f"{s} already, skipped: {', '.join(names)}" + (' (delete a folder to try again)' if s=='diverged' else ''), flush=True)
     return [t for t,s in states if s=='open']
 
 # %% ../../nbs/experiments/04_train.ipynb #00000015
@@ -190,11 +209,13 @@ def _one_by_one(args, tasks, data):
     "Run the tasks in this process; returns what went wrong."
     failed = []
     for i,(name,seed,folder) in enumerate(tasks):
-        try: r = one_run(args, setup_of(args,name,seed), data, folder)
+        try:
+            r = one_run(args, setup_of(args,name,seed), data, folder)
         except ValueError as e:
             failed.append(f'{name} seed {seed}: {e}')
             print(failed[-1], flush=True)
-        else: print(f"{i+1} of {len(tasks)}: {_said(r)}", flush=True)
+        else:
+            print(f"{i+1} of {len(tasks)}: {_said(r)}", flush=True)
     return failed
 
 def _said(r):
@@ -228,11 +249,14 @@ def _side_by_side(args, tasks):
             while waiting and len(running)<args.jobs:
                 task = waiting.pop(0)
                 running[_start(args,task)] = task
-            for child in [c for c in running if c.poll() is not None]: failed += _ended(child, running.pop(child))
+            for child in [c for c in running if c.poll() is not None]:
+                failed += _ended(child, running.pop(child))
             time.sleep(.2)
     finally:
-        for c in running: c.terminate()
-        for c in running: c.wait()
+        for c in running:
+            c.terminate()
+        for c in running:
+            c.wait()
     return failed
 
 # %% ../../nbs/experiments/04_train.ipynb #00000018
@@ -242,14 +266,18 @@ def _sweep(args):
     data = _pictures(args)
     tasks,out = _open_tasks(args, data),Path(args.out).expanduser()
     print(f"{len(tasks)} runs to do, {args.jobs} at a time; Ctrl-C stops, the same command goes on", flush=True)
-    try: failed = _one_by_one(args, tasks, data) if args.jobs==1 else _side_by_side(args, tasks)
-    finally: _report(out)
-    for f in failed: print(f, file=sys.stderr)
+    try:
+        failed = _one_by_one(args, tasks, data) if args.jobs==1 else _side_by_side(args, tasks)
+    finally:
+        _report(out)
+    for f in failed:
+        print(f, file=sys.stderr)
     return 2 if failed else 0
 
 def _report(out):
     "Print and write the table of what is there."
-    if not (out.exists() and list(out.rglob('config.json'))): return
+    if not (out.exists() and list(out.rglob('config.json'))):
+        return
     results = collect(out)
     write_text(out/'results.json', json.dumps(results, separators=(',',':'))+'\n')
     print('\n'+table(results).to_string(index=False)+f"\n\n{out/'results.json'}", flush=True)
@@ -260,7 +288,8 @@ def train_command(
 )->int:  # Exit code: 0 done, 130 stopped
     "`gradmax train`; raises `ValueError` for what is wrong with the arguments, the data or the folder."
     try:
-        if args.sweep: return _sweep(args)
+        if args.sweep:
+            return _sweep(args)
         setup = setup_of(args)
         _heeded(args, [setup.method])
         print(_said(one_run(args, setup, _pictures(args), Path(args.out).expanduser())), flush=True)
@@ -276,10 +305,12 @@ def main(
     "The command by itself: `python -m gradmax_nb.experiments.train`."
     p = argparse.ArgumentParser(prog='python -m gradmax_nb.experiments.train', description='Train a network that grows, or one of its fixed rivals, and keep everything in a folder.')
     add_train_arguments(p)
-    try: return train_command(p.parse_args(argv))
+    try:
+        return train_command(p.parse_args(argv))
     except (ValueError,OSError) as e:
         print(f"gradmax train: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
 # %% ../../nbs/experiments/04_train.ipynb #00000028
-if __name__=='__main__': raise SystemExit(main())
+if __name__=='__main__':
+    raise SystemExit(main())

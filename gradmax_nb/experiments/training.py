@@ -27,16 +27,17 @@ from fastcore.basics import IN_NOTEBOOK, patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..checkpoint import load_grown, peek_grown, restore_rng, rng_state, save_grown
+from ..train.checkpoint import load_grown, peek_grown, save_grown
 from .records import hardware, versions, write_text
-from ..growth import grow
-from ..measure import lift_of, untouched
+from ..train.growth import grow
+from ..core.measure import Side, smallest_offset
 from ..methods import (ActivationRMS, AsComputed, BoundMax, Firefly, GradMax, GradMaxOpt, MeanNorm, MirrorFirefly, MirrorGradMax, MirrorGradMaxOpt, MirrorRandom,
     OfficialRandom, RandomGrowth)
-from ..rates import YoungRates
-from ..schedule import AllSites
-from ..sites import NewNeurons, find_sites, make_buds, widen
-from ..surgery import load_corner
+from ..train.rates import YoungRates
+from ..train.schedules import AllSites
+from ..core.sites import NewNeurons, find_sites, make_extensions, widen
+from ..model.surgery import load_corner
+from ..model.untouched import restore_rng, rng_state, untouched
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000006
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Growing:
         out,had = [],dict.fromkeys(sites,0)
         while min(had.values(), default=self.times)<self.times:
             out.append(self.where.at(sites, len(out)))
-            for s in out[-1]: had[s] += 1
+            for s in out[-1]:
+                had[s] += 1
         return out
 
     def steps(self, total:int, n:int)->list: # Steps after which to grow
@@ -122,7 +124,8 @@ class Recipe:
     def __post_init__(self):
         for name in ('seed_weights','young'):
             o = getattr(self,name)
-            if o is not None and (isinstance(o,type) or not is_dataclass(o)): raise TypeError(f"`{name}` must be an instance of a dataclass, which can be written into the configuration of a run, not {o!r}")
+            if o is not None and (isinstance(o,type) or not is_dataclass(o)):
+                raise TypeError(f"`{name}` must be an instance of a dataclass, which can be written into the configuration of a run, not {o!r}")
 
     @property
     def peak(self)->float: return self.lr*self.batch_size/128
@@ -135,8 +138,10 @@ def as_json(
     if is_dataclass(o):
         values = {f.name:as_json(getattr(o,f.name)) for f in fields(o) if not callable(getattr(o,f.name)) or is_dataclass(getattr(o,f.name))}
         return values if isinstance(o,Recipe) else {'kind':type(o).__name__, **values}
-    if isinstance(o, (list,tuple)): return [as_json(v) for v in o]
-    if isinstance(o, dict): return {k:as_json(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)):
+        return [as_json(v) for v in o]
+    if isinstance(o, dict):
+        return {k:as_json(v) for k,v in o.items()}
     return o if o is None or isinstance(o,(bool,int,float,str)) else repr(o)
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000011
@@ -177,7 +182,8 @@ class Patterns:
         self.x,self.y,self.test_x,self.test_y = x[:train_size],y[:train_size],x[train_size:],y[train_size:]
 
     def to(self, device):
-        for n in ('x','y','test_x','test_y'): setattr(self, n, getattr(self,n).to(device))
+        for n in ('x','y','test_x','test_y'):
+            setattr(self, n, getattr(self,n).to(device))
         return self
 
     def steps(self, batch_size:int)->int: return self.train_size//batch_size
@@ -189,7 +195,8 @@ def _moved(x, generator): return x.roll(torch.randint(-1,2,(2,),generator=genera
 def train(self:Patterns, batch_size:int, generator):
     "One epoch."
     order = torch.randperm(self.train_size, generator=generator)
-    for i in order[:self.steps(batch_size)*batch_size].split(batch_size): yield _moved(self.x[i],generator),self.y[i]
+    for i in order[:self.steps(batch_size)*batch_size].split(batch_size):
+        yield _moved(self.x[i],generator),self.y[i]
 
 @patch
 def growth(self:Patterns, n:int, generator):
@@ -221,7 +228,8 @@ def step_flops(
     "FLOPs of one training step, forward and backward."
     ghost = deepcopy(model).to('meta').train()
     x,y = torch.empty(batch_size,*shape,device='meta'),torch.empty(batch_size,dtype=torch.long,device='meta')
-    with FlopCounterMode(display=False) as counter: F.cross_entropy(ghost(x),y).backward()
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(ghost(x),y).backward()
     return counter.get_total_flops()
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000001f
@@ -248,15 +256,16 @@ class Plan:
 # %% ../../nbs/experiments/00c_training.ipynb #00000020
 def _ghost(site, k):
     "New neurons that have a size only."
-    outgoing = tuple(c.weight.new_zeros(c.weight.shape[0], k*r.spread, *c.weight.shape[2:]) for c,r in zip(site.consumers,site.readers))
-    return NewNeurons(site.producer.weight.new_zeros(k, *site.producer.weight.shape[1:]), outgoing, buds=make_buds(site,k))
+    outgoing = tuple(c.weight.new_zeros(c.weight.shape[0], k*r.features, *c.weight.shape[2:]) for c,r in zip(site.consumers,site.links))
+    return NewNeurons(site.producer.weight.new_zeros(k, *site.producer.weight.shape[1:]), outgoing, extensions=make_extensions(site,k))
 
 def _stages(sites, growing, full):
     "Widths of the sites that grow, at each event."
     names = [s.name for s in sites]
     had,out = dict.fromkeys(names,0),[]
     for turn in growing.turns(names):
-        for n in turn: had[n] += 1
+        for n in turn:
+            had[n] += 1
         out.append({s.name:s.width+round((full[s.name]-s.width)*had[s.name]/growing.times) for s in sites if s.name in turn})
     return out
 
@@ -274,7 +283,8 @@ def plan_growth(
     for step,widths in zip(growing.steps(steps,len(stages)),stages):
         for n,w in widths.items():
             site = next(s for s in sites if s.name==n).on(model)
-            if w>site.width: widen(site, _ghost(site,w-site.width))
+            if w>site.width:
+                widen(site, _ghost(site,w-site.width))
         events.append(Event(step, widths, flops(model)))
     return Plan(steps, first, tuple(events))
 
@@ -299,7 +309,8 @@ class Autocast:
     "Mixed precision; with float16 the loss is scaled so that small gradients survive."
     dtype:str='bfloat16' # Or 'float16'
     def __post_init__(self):
-        if self.dtype not in ('bfloat16','float16'): raise ValueError(f"mixed precision is with bfloat16 or float16, not {self.dtype!r}")
+        if self.dtype not in ('bfloat16','float16'):
+            raise ValueError(f"mixed precision is with bfloat16 or float16, not {self.dtype!r}")
     def context(self, device): return torch.autocast(device.type, getattr(torch,self.dtype))
     def scaler(self, device): return torch.amp.GradScaler(device.type, enabled=self.dtype=='float16')
 
@@ -333,7 +344,8 @@ class Setup:
     check_every:int=1        # Check every so many growth events; the last is always checked
 
     def __post_init__(self):
-        if self.method not in contenders(): raise ValueError(f"there is no method {self.method!r}: choose from {', '.join(contenders())}")
+        if self.method not in contenders():
+            raise ValueError(f"there is no method {self.method!r}: choose from {', '.join(contenders())}")
 
     @property
     def contender(self)->Contender: return contenders(self.recipe.length, self.recipe.loudness)[self.method]
@@ -350,7 +362,8 @@ def flat(
 )->dict:
     "Entries of nested dicts under names with dots."
     out = {}
-    for k,v in d.items(): out.update(flat(v,f'{prefix}{k}.') if isinstance(v,dict) else {prefix+k:v})
+    for k,v in d.items():
+        out.update(flat(v,f'{prefix}{k}.') if isinstance(v,dict) else {prefix+k:v})
     return out
 
 def differences(
@@ -363,7 +376,8 @@ def differences(
 
 def _completed(config):
     "A configuration with the defaults of the fields that its recipe lacks."
-    if not isinstance(config.get('recipe'), dict): return config
+    if not isinstance(config.get('recipe'), dict):
+        return config
     usual = as_json({f.name:f.default if f.default_factory is MISSING else f.default_factory() for f in fields(Recipe) if (f.default,f.default_factory)!=(MISSING,MISSING)})
     return {**config, 'recipe':{**usual,**config['recipe']}}
 
@@ -380,7 +394,8 @@ class Run:
         self.setup,self.recipe,self.contender,self.device = setup,setup.recipe,setup.contender,torch.device(device)
         self.data,self.config,self.folder,self.save_seconds = data.to(self.device),setup.config(data),None if folder is None else Path(folder),save_seconds
         self.per_epoch = data.steps(self.recipe.batch_size)
-        if self.per_epoch<1: raise ValueError(f"{data.train_size} training pictures do not fill one batch of {self.recipe.batch_size}: use a smaller batch")
+        if self.per_epoch<1:
+            raise ValueError(f"{data.train_size} training pictures do not fill one batch of {self.recipe.batch_size}: use a smaller batch")
         torch.manual_seed(setup.seed)
         self.model = self.network(1.) if self.contender.big else self.recipe.seed_weights(self.network, self.recipe.seed_width)
         self.opt = torch.optim.SGD(self.model.parameters(), lr=self.recipe.peak, momentum=self.recipe.momentum, nesterov=self.recipe.nesterov, weight_decay=self.recipe.weight_decay)
@@ -407,7 +422,8 @@ def _flops(self:Run, model): return step_flops(model, self.data.shape, self.reci
 @patch
 def _ready(self:Run):
     "Set up what depends on the network's shapes."
-    if self.setup.channels_last: self.model.to(memory_format=torch.channels_last) # of a 1x1 kernel growth cannot tell the layout
+    if self.setup.channels_last:
+        self.model.to(memory_format=torch.channels_last) # of a 1x1 kernel growth cannot tell the layout
     self.forward = self.setup.engine.prepare(self.model)
     self.loss_sum,self.loss_count = torch.zeros((), device=self.device),0
 
@@ -416,7 +432,8 @@ def _ready(self:Run):
 def _planned(self:Run)->tuple: # Sites that grow, plan
     "Find out where the network is to grow, and rehearse it."
     steps = self.recipe.epochs*self.per_epoch
-    with torch.random.fork_rng(): big = self.network(1.)
+    with torch.random.fork_rng():
+        big = self.network(1.)
     self.big_flops = steps*self._flops(big)
     if not self.contender.grows:
         plan = Plan(steps, self._flops(self.model), ())
@@ -425,7 +442,8 @@ def _planned(self:Run)->tuple: # Sites that grow, plan
     full = {s.name:big.get_submodule(s.name).weight.shape[0] for s in sites}
     sites = [s for s in sites if full[s.name]>s.width]
     self.full = {s.name:full[s.name] for s in sites}
-    if not sites: raise ValueError(f"nothing can grow: no layer of this network is narrower at width {self.recipe.seed_width} than at full width")
+    if not sites:
+        raise ValueError(f"nothing can grow: no layer of this network is narrower at width {self.recipe.seed_width} than at full width")
     plan = plan_growth(sites, full, self.recipe.growing, steps, self._flops)
     return sites,lengthened(plan,self.big_flops) if self.setup.equal_flops else plan
 
@@ -433,10 +451,12 @@ def _planned(self:Run)->tuple: # Sites that grow, plan
 @patch
 def lap(self:Run, name:str=None):
     "Book the time since the last lap under `name`; None just starts the clock."
-    if self.device.type=='cuda': torch.cuda.synchronize(self.device)
+    if self.device.type=='cuda':
+        torch.cuda.synchronize(self.device)
     now = time.perf_counter(),time.process_time()
     if name is not None:
-        for book,a,b in zip((self.seconds,self.cpu_seconds),self.clock,now): book[name] += b-a
+        for book,a,b in zip((self.seconds,self.cpu_seconds),self.clock,now):
+            book[name] += b-a
     self.clock = now
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000037
@@ -452,22 +472,27 @@ def lr(self:Run)->float:
 def step(self:Run, xb, yb):
     "One training step."
     lr = self.lr()
-    for g in self.opt.param_groups: g['lr'] = lr
-    with self.setup.precision.context(self.device): loss = F.cross_entropy(self.forward(xb), yb)
+    for g in self.opt.param_groups:
+        g['lr'] = lr
+    with self.setup.precision.context(self.device):
+        loss = F.cross_entropy(self.forward(xb), yb)
     self.opt.zero_grad()
     self.scaler.scale(loss).backward()
-    with self.young: self.scaler.step(self.opt)
+    with self.young:
+        self.scaler.step(self.opt)
     self.scaler.update()
     self.loss_sum += loss.detach()
     self.loss_count,self.t = self.loss_count+1,self.t+1
-    if self.t%50==0: self.mean_loss()
+    if self.t%50==0:
+        self.mean_loss()
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000038
 @patch
 def mean_loss(self:Run)->float:
     "Mean training loss of the epoch so far; raises `Diverged` if it is not finite."
     loss = self.loss_sum.item()/max(1,self.loss_count)
-    if not math.isfinite(loss): raise Diverged(f"{self.setup.method}, seed {self.setup.seed}: the training loss is {loss} within the 50 steps before step {self.t}; lower the learning rate, that of new weights, or the length of new neurons")
+    if not math.isfinite(loss):
+        raise Diverged(f"{self.setup.method}, seed {self.setup.seed}: the training loss is {loss} within the 50 steps before step {self.t}; lower the learning rate, that of new weights, or the length of new neurons")
     return loss
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000003d
@@ -477,17 +502,20 @@ def single_precision():
     flags = torch.backends.cudnn,torch.backends.cuda.matmul
     before = [f.allow_tf32 for f in flags]
     try:
-        for f in flags: f.allow_tf32 = False
+        for f in flags:
+            f.allow_tf32 = False
         yield
     finally:
-        for f,b in zip(flags,before): f.allow_tf32 = b
+        for f,b in zip(flags,before):
+            f.allow_tf32 = b
 
 def outputs(
     model:nn.Module, # Any
     xb               # Input
 )->list:             # In evaluation mode, in training mode
     "What the network answers, without a trace."
-    with untouched(model), torch.no_grad(): return [model.train(mode)(xb) for mode in (False,True)]
+    with untouched(model), torch.no_grad():
+        return [model.train(mode)(xb) for mode in (False,True)]
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000003e
 def _change(before, after): return ((after-before).abs().max()/before.abs().max()).item()
@@ -495,8 +523,9 @@ def _change(before, after): return ((after-before).abs().max()/before.abs().max(
 def _start(rec):
     "Per layer whose new weights start at zero: `weights -> (k, ...)`, the part that belongs to the new neurons."
     a,b = rec.old_width,rec.new_width
-    if not rec.mirror: return [(rec.site.producer, lambda w: w[a:b,:rec.fan_in].flatten(1))]
-    return [(c, lambda w,s=r.spread: w[:,a*s:b*s].unflatten(1,(b-a,s)).transpose(0,1).flatten(1)) for c,r in zip(rec.site.consumers,rec.site.readers)]
+    if rec.zero is Side.INCOMING:
+        return [(rec.site.producer, lambda w: w[a:b,:rec.fan_in].flatten(1))]
+    return [(c, lambda w,s=r.features: w[:,a*s:b*s].unflatten(1,(b-a,s)).transpose(0,1).flatten(1)) for c,r in zip(rec.site.consumers,rec.site.links)]
 
 def newborn_gradients(
     model:nn.Module, # Just grown
@@ -517,21 +546,24 @@ def firing(
     records:list,    # Of the growth
     xb               # Input
 )->list:             # Per record, `(k,)`: does the neuron fire on some picture?
-    "Look at the new channels as their readers receive them, in training mode."
+    "Look at the new channels as their consumers receive them, in training mode."
     seen,handles = {},[]
-    def look(i, r, spread):
+    def look(i, r, features):
         def hook(module, args):
             x = args[0].movedim(1,-1) if args[0].dim()>2 else args[0]
-            new = x[...,r.old_width*spread:r.new_width*spread].flatten(0,-2).abs().amax(0)
-            seen[i] = torch.maximum(seen.get(i,0*new), new.unflatten(0,(-1,spread)).amax(1) if spread>1 else new)
+            new = x[...,r.old_width*features:r.new_width*features].flatten(0,-2).abs().amax(0)
+            seen[i] = torch.maximum(seen.get(i,0*new), new.unflatten(0,(-1,features)).amax(1) if features>1 else new)
         return hook
     for i,r in enumerate(records):
-        for c,reader in zip(r.site.consumers,r.site.readers): handles.append(c.register_forward_pre_hook(look(i,r,reader.spread)))
+        for c,consumer in zip(r.site.consumers,r.site.links):
+            handles.append(c.register_forward_pre_hook(look(i,r,consumer.features)))
     try:
-        with untouched(model), torch.no_grad(): model.train()(xb)
+        with untouched(model), torch.no_grad():
+            model.train()(xb)
     finally:
-        for h in handles: h.remove()
-    return [seen[i]>2*lift_of(xb) for i in range(len(records))]
+        for h in handles:
+            h.remove()
+    return [seen[i]>2*smallest_offset(xb) for i in range(len(records))]
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000045
 def _row(rec): return dict(site=rec.site.name, old_width=rec.old_width, new_width=rec.new_width, predicted=rec.predicted)
@@ -553,7 +585,8 @@ def grow(self:Run)->dict:
         self.lap('growth')
         row = dict(event=self.event, step=self.t, seconds=round(self.clock[0]-began[0],4), flops=counter.get_total_flops(), checked=checked, sites=[_row(r) for r in records])
         self.counted['growth'] += row['flops']
-        if checked and records: self._check(row, records, batch, before)
+        if checked and records:
+            self._check(row, records, batch, before)
     self._ready_again()
     self.event += 1
     self.log['growth'].append(row)
@@ -564,7 +597,8 @@ def grow(self:Run)->dict:
 def _counted(self:Run, f, *args):
     "`f(*args)`, with its FLOPs and seconds booked as checking."
     self.lap('check')
-    with FlopCounterMode(display=False) as counter: out = f(*args)
+    with FlopCounterMode(display=False) as counter:
+        out = f(*args)
     self.counted['check'] += counter.get_total_flops()
     self.lap('check')
     return out
@@ -583,13 +617,16 @@ def _check(self:Run, row, records, batch, before):
     after,grads = self._counted(outputs, self.model, batch[0]),self._counted(newborn_gradients, self.model, records, batch, F.cross_entropy)
     row['exact'] = exact = not isinstance(self.contender.method, Firefly)
     row['change'] = [_change(b,a) for b,a in zip(before,after)]
-    if exact and not max(row['change'])<1e-4: raise ValueError(f"{self.setup.method}, step {self.t}: growth changed the output by {max(row['change']):.1e} of its size")
+    if exact and not max(row['change'])<1e-4:
+        raise ValueError(f"{self.setup.method}, step {self.t}: growth changed the output by {max(row['change']):.1e} of its size")
     for s,g in zip(row['sites'],grads):
         s['measured'],s['smallest'] = g.norm().item(),g.norm(dim=1).min().item()
         s['error'] = abs(s['measured']/s['predicted']-1)
         where = f"{self.setup.method}, step {self.t}, `{s['site']}`"
-        if not s['smallest']>0: raise ValueError(f"{where}: a new neuron has no gradient, so it would never learn")
-        if exact and not s['error']<1e-3: raise ValueError(f"{where}: the gradient norm is {s['measured']:.6g}, predicted was {s['predicted']:.6g}")
+        if not s['smallest']>0:
+            raise ValueError(f"{where}: a new neuron has no gradient, so it would never learn")
+        if exact and not s['error']<1e-3:
+            raise ValueError(f"{where}: the gradient norm is {s['measured']:.6g}, predicted was {s['predicted']:.6g}")
     self.pending = row,records,batch[0]
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000048
@@ -599,11 +636,13 @@ def _check_alive(self:Run):
     row,records,xb = self.pending
     self.pending = None
     self.lap('train')
-    with single_precision(): fires = self._counted(firing, self.model, records, xb)
+    with single_precision():
+        fires = self._counted(firing, self.model, records, xb)
     for s,r,f in zip(row['sites'],records,fires):
         moved = torch.cat([cut(c.weight.detach()) for c,cut in _start(r)],1).norm(dim=1)>0
         s['moved'],s['fires'] = int(moved.sum()),int(f.sum())
-        if not moved.any(): raise ValueError(f"{self.setup.method}, step {self.t}, `{s['site']}`: no new neuron has moved in the first step, so they are not being trained")
+        if not moved.any():
+            raise ValueError(f"{self.setup.method}, step {self.t}, `{s['site']}`: no new neuron has moved in the first step, so they are not being trained")
 
 # %% ../../nbs/experiments/00c_training.ipynb #0000004a
 class Stopped(Exception):
@@ -618,12 +657,17 @@ class Silent:
 # %% ../../nbs/experiments/00c_training.ipynb #0000004b
 @patch
 def _after_step(self:Run, watch):
-    if self.pending is not None: self._check_alive()
-    if self.event<len(self.plan.events) and self.plan.events[self.event].step==self.t: watch.growth(self, self.grow())
-    if self.t%self.per_epoch==0 or self.t==self.plan.steps: watch.epoch(self, self._close_epoch())
+    if self.pending is not None:
+        self._check_alive()
+    if self.event<len(self.plan.events) and self.plan.events[self.event].step==self.t:
+        watch.growth(self, self.grow())
+    if self.t%self.per_epoch==0 or self.t==self.plan.steps:
+        watch.epoch(self, self._close_epoch())
     watch.step(self)
-    if self.pending is None and (self.stop or time.monotonic()-self.saved>=self.save_seconds): self.save()
-    if self.pending is None and self.stop: raise Stopped(f"stopped after step {self.t} of {self.plan.steps}")
+    if self.pending is None and (self.stop or time.monotonic()-self.saved>=self.save_seconds):
+        self.save()
+    if self.pending is None and self.stop:
+        raise Stopped(f"stopped after step {self.t} of {self.plan.steps}")
 
 @patch
 def _epoch(self:Run, watch):
@@ -671,7 +715,8 @@ def _close_epoch(self:Run)->dict:
 # %% ../../nbs/experiments/00c_training.ipynb #0000004f
 @patch
 def _write_log(self:Run):
-    if self.folder is not None: write_text(self.folder/'log.json', json.dumps(self.log)+'\n')
+    if self.folder is not None:
+        write_text(self.folder/'log.json', json.dumps(self.log)+'\n')
 
 @patch
 def save(self:Run):
@@ -693,29 +738,37 @@ def check_folder(
     "Raise `ValueError` if the folder holds something else than this run."
     path = folder/'config.json'
     if not path.exists():
-        if folder.exists() and any(p.name!='lock' for p in folder.iterdir()): raise ValueError(f"{folder} holds files but no run (no config.json): choose another folder, or empty it")
+        if folder.exists() and any(p.name!='lock' for p in folder.iterdir()):
+            raise ValueError(f"{folder} holds files but no run (no config.json): choose another folder, or empty it")
         return
-    try: found = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError: raise ValueError(f"{path} is not a configuration: choose another folder, or move it away") from None
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        raise ValueError(f"{path} is not a configuration: choose another folder, or move it away") from None
     _refuse(differences(found,config) if isinstance(found,dict) else ['it is no dict'], folder)
 
 def _refuse(wrong, place):
-    if wrong: raise ValueError(f"{place} holds another run: {'; '.join(wrong)}. Ask for the same, or choose another folder")
+    if wrong:
+        raise ValueError(f"{place} holds another run: {'; '.join(wrong)}. Ask for the same, or choose another folder")
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000051
 @patch
 def _restore(self:Run):
     "Go on from the checkpoint, if there is one."
     path = self.folder/'checkpoint.safetensors'
-    if not path.exists(): return
+    if not path.exists():
+        return
     found = peek_grown(path).extra
     _refuse(differences(found['config'],self.config), path)
     load_grown(path, self.model, self.opt)
     self._ready()
-    for k in ('t','event','counted','seconds','cpu_seconds','log','loss_count'): setattr(self, k, found[k])
+    for k in ('t','event','counted','seconds','cpu_seconds','log','loss_count'):
+        setattr(self, k, found[k])
     self.loss_sum = found['loss_sum'].to(self.device)
-    if found['scaler']: self.scaler.load_state_dict(found['scaler'])
-    if self.recipe.young is not None: self.young.load_state_dict(found['young'])
+    if found['scaler']:
+        self.scaler.load_state_dict(found['scaler'])
+    if self.recipe.young is not None:
+        self.young.load_state_dict(found['young'])
     restore_rng(found['rng'])
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000052
@@ -747,8 +800,10 @@ def _locked(folder):
     import fcntl
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'lock','w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
         yield
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000054
@@ -757,11 +812,13 @@ def fit(self:Run, watch=None)->dict: # The result
     "Train to the end, from the start or from the checkpoint; raises `Stopped` or `Diverged`."
     if self.folder is not None and self.folder.exists():
         check_folder(self.folder, self.config)
-        if done := result_of(self.folder): return done
+        if done := result_of(self.folder):
+            return done
     with _locked(self.folder):
         self._begin()
         try:
-            while self.t<self.plan.steps: self._epoch(Silent() if watch is None else watch)
+            while self.t<self.plan.steps:
+                self._epoch(Silent() if watch is None else watch)
         except Diverged as e:
             self.log['diverged'] = dict(step=self.t, why=str(e))
             self._write_log()
@@ -780,7 +837,8 @@ def _finish(self:Run)->dict:
                growth_flops=self.counted['growth'], check_flops=self.counted['check'], **{n:{k:round(v,2) for k,v in getattr(self,n).items()} for n in ('seconds','cpu_seconds')},
                events=len(self.log['growth']), checked=len(checks), change=max([c for e in checks for c in e['change']],default=None), error=max([s['error'] for s in sites],default=None),
                new_neurons=sum(s['new_width']-s['old_width'] for s in sites), moved=sum(s['moved'] for s in sites), fires=sum(s['fires'] for s in sites))
-    if self.folder is not None: write_text(self.folder/'result.json', json.dumps(out,indent=1)+'\n')
+    if self.folder is not None:
+        write_text(self.folder/'result.json', json.dumps(out,indent=1)+'\n')
     return out
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000075
@@ -790,15 +848,18 @@ def stoppable(
 ):
     "While the block runs, SIGINT and SIGTERM ask the run to stop; a second one interrupts."
     def ask(signum, frame):
-        if run.stop: raise KeyboardInterrupt
+        if run.stop:
+            raise KeyboardInterrupt
         run.stop = True
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {s:signal.signal(s,ask) for s in (signal.SIGINT,signal.SIGTERM)}
-    try: yield
+    try:
+        yield
     finally:
-        for s,h in before.items(): signal.signal(s,h)
+        for s,h in before.items():
+            signal.signal(s,h)
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000086
 def _time(seconds):
@@ -808,7 +869,8 @@ def _time(seconds):
 @patch
 def share(self:Run)->float:
     "Present width as a share of the full one, over all sites that grow."
-    if not self.sites: return 1. if self.contender.big else self.recipe.seed_width
+    if not self.sites:
+        return 1. if self.contender.big else self.recipe.seed_width
     return sum(s.width for s in self.sites)/sum(self.full.values())
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000087
@@ -819,7 +881,8 @@ class Progress(Silent):
 
     def left(self, run)->float: # Seconds
         "Estimate of the time to the end."
-        if self.began is None: self.began = time.monotonic(),run.plan.total(run.t-1)
+        if self.began is None:
+            self.began = time.monotonic(),run.plan.total(run.t-1)
         done = run.plan.total(run.t)-self.began[1]
         return (time.monotonic()-self.began[0])/done*(run.plan.total()-run.plan.total(run.t))
 
@@ -828,10 +891,13 @@ class Progress(Silent):
         return ', '.join([f'{run.setup.method} seed {run.setup.seed}', f'width {run.share():.2f}', *tested, f'{_time(self.left(run))} left'])
 
     def step(self, run):
-        if self.lines or run.t%max(1,run.plan.steps//1000): return self.left(run) if self.began is None else None
-        if self.bar is None: self.bar = progress_bar(range(run.plan.steps))
+        if self.lines or run.t%max(1,run.plan.steps//1000):
+            return self.left(run) if self.began is None else None
+        if self.bar is None:
+            self.bar = progress_bar(range(run.plan.steps))
         self.bar.comment = self.describe(run) + f', loss {run.loss_sum.item()/max(1,run.loss_count):.3f}'
         self.bar.update(run.t)
 
     def epoch(self, run, row):
-        if self.lines: print(f"{self.describe(run)}, epoch {row['epoch']} of {-(-run.plan.steps//run.per_epoch)}, training loss {row['train_loss']:.4f}", flush=True)
+        if self.lines:
+            print(f"{self.describe(run)}, epoch {row['epoch']} of {-(-run.plan.steps//run.per_epoch)}, training loss {row['train_loss']:.4f}", flush=True)
