@@ -25,10 +25,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model, num_distrib, set_seed, to_device
 from .growth import grow
-from ..core.measure import as_batches, untouched
+from ..core.measure import as_batches
 from .rates import YoungRates
 from .schedules import AllSites, Named, OfSeed, allot, neurons
 from ..core.sites import Site, find_sites
+from ..model.untouched import untouched, unwrapped
 
 # %% ../../nbs/train/06_callback.ipynb #00000010
 _columns = 'step epoch site old_width new_width predicted loss sigma method params seconds'.split()
@@ -264,8 +265,7 @@ def after_batch(self:GrowthCallback):
 @patch
 def _find(self:GrowthCallback):
     "Find the sites of the learner's model, once, and check the numbers given for them."
-    model = get_model(self.learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(get_model(self.learn.model))
     if self._found and self._found[0].model is model:
         return
     with untouched(model):
@@ -376,8 +376,7 @@ def before_train(self:YoungRatesCallback):
         raise ValueError("Lookahead (ranger) moves the weights to its slow ones at some steps, which would be scaled as well: use the optimizer inside it")
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
         raise ValueError("NonNativeMixedPrecision trains a copy of the parameters: use learn.to_fp16() or learn.to_bf16()")
-    model = get_model(self.learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(get_model(self.learn.model))
     state = self.state_dict()
     if self.rates is None or self.rates.model is not model:
         self.rates = YoungRates(model, self.rule)

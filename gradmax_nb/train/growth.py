@@ -14,14 +14,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
-from ..core.measure import (Offset, Side, apply_layer, incoming_weight, smallest_offset, measure, outgoing_weights, set_norm_statistics, untouched, zero_extensions,
-    _base, _loss, _pad, _z_shape, as_batches)
+from ..core.measure import (Offset, Side, apply_layer, as_batches, incoming_weight, mean_loss, measure,
+                                     outgoing_weights, pad_layer_input, set_norm_statistics, smallest_offset,
+                                     starting_constants, zero_extensions)
+from ..core.sites import NewNeurons, Site, as_inputs, make_extensions, widen
 from ..model.optim import check_optimizer, learning_rates, optimizer_guard, rebind
-from ..core.sites import NewNeurons, Site, as_inputs, evaluating, make_extensions, run_path, widen
 from ..model.surgery import surgery_guard
+from ..model.untouched import evaluating, untouched, unwrapped
 
 # %% ../../nbs/train/00_growth.ipynb #0000000c
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Growth:
     "What one growth did at one site."
     site:Site             # Where
@@ -35,53 +37,40 @@ class Growth:
     notes:list=field(default_factory=list) # What was decided about activations and norms, in words
     fan_in:int=0          # Input channels of the producer when it was measured
 
-    def __repr__(self): return f"Growth({self.site.name}: {self.old_width} -> {self.new_width}, {self.method}, predicted={self.predicted:.4g})"
+    def __repr__(self):
+        widths = f"{self.old_width} -> {self.new_width}"
+        return f"Growth({self.site.name}: {widths}, {self.method}, predicted={self.predicted:.4g})"
 
 # %% ../../nbs/train/00_growth.ipynb #0000000e
-def _constants(m, k, extensions):
-    "What each consumer sees of `k` neurons with zero incoming weights."
-    return run_path(m.site, _base(m, m.batches[0].x.new_zeros(_z_shape(m, m.batches[0].x[:2], k))), extensions, m.point.offsets)
-
 def _is_tiny(a): return a.abs().max() <= 500*torch.finfo(a.dtype).eps # zero, or a tiny offset above
 
 def _shift(m, V, j, a):
-    "What consumer `j`'s bias must take up of neurons that it sees as the constant `a`, `(d_out,)`, or None; raises `ValueError` where no bias can."
+    "What consumer `j`'s bias must take up of neurons that it sees as the constant `a`, `(d_out,)`, or None."
     c,name = m.site.consumers[j],m.site.links[j].name
     if _is_tiny(a):
         return None
-    out = apply_layer(c, _pad(c,a), outgoing_weights(m,V)[j])
+    out = apply_layer(c, pad_layer_input(c,a), outgoing_weights(m,V)[j])
     out = (out.transpose(0,1) if not isinstance(c,nn.Linear) else out.movedim(-1,0)).flatten(1)
-    spread = (out.max(1).values-out.min(1).values).max()
-    if spread > 1e-5*out.abs().max():
-        raise ValueError(f"`{m.site.name}`: new neurons start with a constant that `{name}` sees differently at its padded borders, so its bias cannot take it up; use a mirror method (zero outgoing weights)")
+    unevenness = (out.max(1).values-out.min(1).values).max()
+    if unevenness > 1e-5*out.abs().max():
+        raise ValueError(f"`{m.site.name}`: new neurons start with a constant that `{name}` sees differently at its "
+                         "padded borders, so its bias cannot take it up; use a method whose outgoing weights start "
+                         "at zero, such as BoundMax()")
     if c.bias is None:
-        raise ValueError(f"`{m.site.name}`: new neurons start with a constant, and `{name}` has no bias to take it up; give it a bias or use a mirror method (zero outgoing weights)")
+        raise ValueError(f"`{m.site.name}`: new neurons start with a constant, and `{name}` has no bias to take it "
+                         "up; give it a bias or use a method whose outgoing weights start at zero, such as BoundMax()")
     return -out[:,0]
-
-# %% ../../nbs/train/00_growth.ipynb #0000000f
-def _new_neurons(m, p):
-    "The proposal `p` as weights in the layout of the layers, and the hooks that go with them."
-    k,weights = len(p.incoming),tuple(outgoing_weights(m,p.outgoing))
-    if p.zero is Side.OUTGOING:
-        extensions = set_norm_statistics(m, p.incoming, make_extensions(m.site,k))
-        return NewNeurons(incoming_weight(m,p.incoming), weights, extensions=extensions),{},{}
-    extensions = zero_extensions(m.site, k, m.point)
-    constants = _constants(m, k, extensions)
-    shifts = tuple(_shift(m,p.outgoing,j,a) for j,a in enumerate(constants))
-    _check_norms(m)
-    bias = None if m.site.producer.bias is None else m.weight.new_full((k,), m.point.bias)
-    return NewNeurons(incoming_weight(m,p.incoming), weights, bias, extensions, shifts),m.point.offsets,_counter_offsets(m, constants)
 
 # %% ../../nbs/train/00_growth.ipynb #0000008f
 def _silent(c, x):
-    "Where consumer `c` sees nothing but zeros, or tiny offsets of neurons born earlier; shaped like one channel of its output."
+    "Where consumer `c` sees only zeros, or tiny offsets of older neurons; shaped like one channel of its output."
     most = 1000*smallest_offset(x)
     if isinstance(c, nn.Linear):
         return x.abs().amax(-1,keepdim=True)<=most
-    return apply_layer(c, _pad(c,x.abs().amax(1,keepdim=True)), c.weight.new_ones(1,1,*c.kernel_size))<=most
+    return apply_layer(c, pad_layer_input(c,x.abs().amax(1,keepdim=True)), c.weight.new_ones(1,1,*c.kernel_size))<=most
 
 def _ties(m, j):
-    "Whether consumer `j` answers somewhere with zero, or a tiny offset, so that another tiny offset could turn its sign."
+    "Whether consumer `j` answers somewhere with zero, or a tiny offset: another tiny offset could turn its sign."
     c = m.consumers[j]
     if c.bias is not None and c.bias.all():
         return False
@@ -97,44 +86,84 @@ def _counter_offsets(m, constants):
     return out
 
 # %% ../../nbs/train/00_growth.ipynb #00000011
-def _check_norms(m):
+def _is_stuck(b):
+    "Whether the norm `b` normalises by batch statistics with a scale that cannot learn."
+    by_batch = b.training or b.running_var is None
+    return b.weight is not None and not b.weight.requires_grad and by_batch
+
+def _check_norms(site):
     "Refuse a frozen norm in training mode: the tiny scale of its new channels could never grow."
-    for name in make_extensions(m.site, 1):
-        b = m.site.model.get_submodule(name)
-        stuck = isinstance(b,_NormBase) and b.weight is not None and not b.weight.requires_grad and (b.training or b.running_var is None)
-        if stuck:
-            raise ValueError(f"`{name}` is frozen while it normalises by batch statistics, so the new channels of `{m.site.name}` would stay at a scale of sqrt(eps); unfreeze it, put it in evaluation mode, or use a mirror method (zero outgoing weights)")
+    for name in make_extensions(site, 1):
+        b = site.model.get_submodule(name)
+        if isinstance(b, _NormBase) and _is_stuck(b):
+            raise ValueError(f"`{name}` is frozen while it normalises by batch statistics, so the new channels of "
+                             f"`{site.name}` would stay at a scale of sqrt(eps); unfreeze it, put it in evaluation "
+                             "mode, or use a method whose outgoing weights start at zero, such as BoundMax()")
+
+# %% ../../nbs/train/00_growth.ipynb #0000000f
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    "What one site will get."
+    site:Site              # Where
+    proposal:object        # The method's `Proposal`
+    new:NewNeurons         # Its weights in the layout of the layers
+    offsets:dict=field(default_factory=dict)         # Layer name -> constant to add to its new outputs
+    counter_offsets:dict=field(default_factory=dict) # Consumer name -> constant to add to its new inputs
+
+def _with_zero_outgoing(m, p):
+    "The plan for proposal `p`, whose outgoing weights are zero."
+    extensions = set_norm_statistics(m, p.incoming, make_extensions(m.site, len(p.incoming)))
+    weights = tuple(outgoing_weights(m, p.outgoing))
+    return _Plan(m.site, p, NewNeurons(incoming_weight(m,p.incoming), weights, extensions=extensions))
+
+# %% ../../nbs/train/00_growth.ipynb #000000da
+def _with_zero_incoming(m, p):
+    "The plan for proposal `p`, whose incoming weights are zero."
+    k = len(p.incoming)
+    extensions = zero_extensions(m.site, k, m.point)
+    constants = starting_constants(m, k, extensions)
+    shifts = tuple(_shift(m,p.outgoing,j,a) for j,a in enumerate(constants))
+    _check_norms(m.site)
+    bias = None if m.site.producer.bias is None else m.weight.new_full((k,), m.point.bias)
+    weights = tuple(outgoing_weights(m, p.outgoing))
+    new = NewNeurons(incoming_weight(m,p.incoming), weights, bias, extensions, shifts)
+    return _Plan(m.site, p, new, m.point.offsets, _counter_offsets(m, constants))
 
 # %% ../../nbs/train/00_growth.ipynb #00000013
 def _has_offset(hooks): return any(isinstance(h,Offset) for h in hooks.values())
 
-def _attach_offsets(site, offsets, counter_offsets, old_width):
-    "Hooks that keep new neurons above zero, and those that take this away in front of consumers; a hook of an earlier growth covers later ones."
-    for name,value in offsets.items():
-        layer = site.model.get_submodule(name)
+def _attach_offsets(plan, old_width):
+    "Hooks that add the plan's offsets and counter-offsets; a hook of an earlier growth covers later ones."
+    for name,value in plan.offsets.items():
+        layer = plan.site.model.get_submodule(name)
         if not _has_offset(layer._forward_hooks):
             layer.register_forward_hook(Offset(old_width,value))
-    for r,c in zip(site.links,site.consumers):
-        if r.name in counter_offsets and not _has_offset(c._forward_pre_hooks):
-            c.register_forward_pre_hook(Offset(old_width*r.features,counter_offsets[r.name]))
+    for r,c in zip(plan.site.links,plan.site.consumers):
+        if r.name in plan.counter_offsets and not _has_offset(c._forward_pre_hooks):
+            c.register_forward_pre_hook(Offset(old_width*r.features, plan.counter_offsets[r.name]))
 
 # %% ../../nbs/train/00_growth.ipynb #00000015
-def _request(model, site, k):
-    "Check and normalise `site` and `k`; returns lists of equal length."
-    sites = list(site) if isinstance(site, (list,tuple)) else [site]
-    ks = list(k) if isinstance(k, (list,tuple)) else [k]*len(sites)
+def _check_request(sites, ks):
+    "Refuse what is no list of different sites with one whole number each."
     if len(ks)!=len(sites):
         raise ValueError(f"{len(ks)} counts were given for {len(sites)} sites: give one number, or one per site")
     if not sites:
         raise ValueError("no site was given: take some from find_sites(model, xb)")
     for s in sites:
         if not isinstance(s, Site):
-            raise TypeError(f"grow needs a Site, got {type(s).__name__}: take one from find_sites(model, xb), or declare it with declare_site")
+            raise TypeError(f"grow needs a Site, got {type(s).__name__}: take one from find_sites(model, xb), "
+                            "or declare it with declare_site")
     for n in ks:
         if isinstance(n,bool) or not isinstance(n,Integral) or n<1:
             raise ValueError(f"k must be a whole number of at least 1, got {n!r}")
     if len({s.name for s in sites})<len(sites):
         raise ValueError("a site is listed twice: grow it once with the larger k")
+
+def _request(model, site, k):
+    "Check and normalise `site` and `k`; returns lists of equal length."
+    sites = list(site) if isinstance(site, (list,tuple)) else [site]
+    ks = list(k) if isinstance(k, (list,tuple)) else [k]*len(sites)
+    _check_request(sites, ks)
     return [s.on(model) for s in sites],[int(n) for n in ks]
 
 # %% ../../nbs/train/00_growth.ipynb #00000016
@@ -142,13 +171,15 @@ def _check_trainable(site):
     "Refuse frozen and half-precision layers."
     for name,m in ((site.name,site.producer),*zip((r.name for r in site.links),site.consumers)):
         if m.weight.dtype not in (torch.float32,torch.float64):
-            raise ValueError(f"`{name}` has {m.weight.dtype} weights, too coarse to measure growth with; keep the weights in float32 and train under autocast")
+            raise ValueError(f"`{name}` has {m.weight.dtype} weights, too coarse to measure growth with; keep the "
+                             "weights in float32 and train under autocast")
         if not m.weight.requires_grad:
-            raise ValueError(f"`{name}` is frozen (requires_grad=False), so new weights there would never learn; unfreeze it before growing `{site.name}`")
+            raise ValueError(f"`{name}` is frozen (requires_grad=False), so new weights there would never learn; "
+                             f"unfreeze it before growing `{site.name}`")
 
 # %% ../../nbs/train/00_growth.ipynb #00000017
 def _composed(swaps):
-    "Swaps with chains `a -> b -> c` shortened to `a -> c`: a layer can be consumer of one site and producer of the next."
+    "Swaps with chains `a -> b -> c` shortened to `a -> c`."
     out = []
     for old,new in swaps:
         i = next((i for i,(_,last) in enumerate(out) if last is old), None)
@@ -160,40 +191,64 @@ def _composed(swaps):
 
 def _held(sites):
     "Parameters that growing `sites` will replace."
-    layers = [m for s in sites for m in (s.producer,*s.consumers,*(s.model.get_submodule(n) for n in make_extensions(s,1)))]
-    return list({id(p):p for m in layers for p in m._parameters.values() if p is not None and p.requires_grad}.values())
+    layers = []
+    for s in sites:
+        layers += [s.producer, *s.consumers, *(s.model.get_submodule(n) for n in make_extensions(s,1))]
+    params = [p for m in layers for p in m._parameters.values() if p is not None and p.requires_grad]
+    return list({id(p):p for p in params}.values())
 
 # %% ../../nbs/train/00_growth.ipynb #00000019
 @contextmanager
 def _full_precision(model):
     "Gradients on and autocast off, whatever surrounds the call."
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("grow was called under torch.inference_mode(), where nothing can be differentiated; call it outside")
+        raise RuntimeError("grow was called under torch.inference_mode(), where nothing can be differentiated; "
+                           "call it outside")
     device = next(model.parameters()).device
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 # %% ../../nbs/train/00_growth.ipynb #0000001a
+def _infinite(m): # the remedy is the same, whoever notices
+    return ValueError(f"`{m.site.name}`: the gradient of the growth batch is not finite; check the inputs and the "
+                      "loss, or lower the learning rate")
+
 def _propose(m, k, method):
     "The method's proposal for one site, checked."
     try:
         p = method.propose(m, k)
-    except torch.linalg.LinAlgError as e:
-        raise ValueError(f"`{m.site.name}`: the growth matrix could not be decomposed, most likely because the gradient of the growth batch is not finite; check the inputs and the loss, or lower the learning rate") from e
+    except torch.linalg.LinAlgError as e: # what a decomposition says about entries that are not finite
+        raise _infinite(m) from e
     if not math.isfinite(p.predicted):
-        raise ValueError(f"`{m.site.name}`: the gradient of the growth batch is not finite; check the inputs and the loss, or lower the learning rate")
+        raise _infinite(m)
     if not (torch.isfinite(p.incoming).all() and torch.isfinite(p.outgoing).all()):
-        raise ValueError(f"`{m.site.name}`: {method} proposed weights that are not finite; check the growth batch and the length rule")
+        raise ValueError(f"`{m.site.name}`: {method} proposed weights that are not finite; check the growth batch "
+                         "and the length rule")
     return p
 
 # %% ../../nbs/train/00_growth.ipynb #0000001b
 def _plan(m, k, method):
     "Proposal, weights and hooks for one site."
     p = _propose(m, k, method)
-    return (p,*_new_neurons(m,p))
+    return _with_zero_outgoing(m,p) if p.zero is Side.OUTGOING else _with_zero_incoming(m,p)
 
-def _record(m, p, method):
-    return Growth(m.site, m.site.width, m.site.width+len(p.incoming), p.sigma.detach().cpu(), float(p.predicted), method, m.loss, p.zero, [] if p.zero is Side.OUTGOING else list(m.point.notes), m.weight.shape[1])
+def _record(m, plan, method):
+    p,width = plan.proposal,m.site.width
+    return Growth(site=m.site, old_width=width, new_width=width+len(p.incoming), sigma=p.sigma.detach().cpu(),
+                  predicted=float(p.predicted), method=method, loss=m.loss, zero=p.zero,
+                  notes=[] if p.zero is Side.OUTGOING else list(m.point.notes), fan_in=m.weight.shape[1])
+
+# %% ../../nbs/train/00_growth.ipynb #0000001d
+def _apply(model, opt, plans, result):
+    "Carry out the plans under guards; returns `result` from inside them, so that nothing can fail afterwards."
+    with surgery_guard(model), optimizer_guard(opt):
+        swaps = []
+        for plan in plans:
+            width = plan.site.width
+            swaps += widen(plan.site, plan.new)
+            _attach_offsets(plan, width)
+        rebind(opt, _composed(swaps))
+        return result
 
 # %% ../../nbs/train/00_growth.ipynb #0000001c
 def grow(
@@ -206,7 +261,7 @@ def grow(
     opt=None          # Its optimizer (torch or fastai), which follows; None if there is none yet
 ):                    # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; all or nothing."
-    model = getattr(model, '_orig_mod', model) # what torch.compile wraps
+    model = unwrapped(model)
     sites,ks = _request(model, site, k)
     for s in sites:
         _check_trainable(s)
@@ -216,20 +271,8 @@ def grow(
         ms = measure(model, sites, batch, loss_func, lr=max(learning_rates(opt)) if opt is not None else None)
         with untouched(model):
             plans = [_plan(m, n, method) for m,n in zip(ms,ks)]
-    records = [_record(m, p, method) for m,(p,*_) in zip(ms,plans)]
-    return _apply(model, opt, sites, plans, records if isinstance(site, (list,tuple)) else records[0])
-
-# %% ../../nbs/train/00_growth.ipynb #0000001d
-def _apply(model, opt, sites, plans, result):
-    "Carry out the plans, under guards; returns `result`."
-    with surgery_guard(model), optimizer_guard(opt):
-        swaps = []
-        for s,(_,new,*hooks) in zip(sites,plans):
-            width = s.width
-            swaps += widen(s, new)
-            _attach_offsets(s, *hooks, width)
-        rebind(opt, _composed(swaps))
-        return result
+    records = [_record(m, plan, method) for m,plan in zip(ms,plans)]
+    return _apply(model, opt, plans, records if isinstance(site, (list,tuple)) else records[0])
 
 # %% ../../nbs/train/00_growth.ipynb #00000022
 def measured_norm(
@@ -241,10 +284,7 @@ def measured_norm(
     site = rec.site
     weights = [c.weight for c in site.consumers] if rec.zero is Side.OUTGOING else [site.producer.weight]
     with untouched(site.model), torch.enable_grad():
-        pairs = as_batches(batch)
-        sizes = [len(as_inputs(xb)[0]) for xb,_ in pairs]
-        loss = sum(_loss(site.model,xb,yb,loss_func)*n/sum(sizes) for (xb,yb),n in zip(pairs,sizes))
-        grads = torch.autograd.grad(loss, weights)
+        grads = torch.autograd.grad(mean_loss(site.model, as_batches(batch), loss_func), weights)
     if rec.zero is Side.INCOMING:
         return grads[0][rec.old_width:rec.new_width,:rec.fan_in].norm().item()
     new = [g[:,rec.old_width*r.features:rec.new_width*r.features] for g,r in zip(grads,site.links)]
