@@ -2000,8 +2000,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'gradmax_nb/train/growth.py'),
                                          'gradmax_nb.train.growth._with_zero_outgoing': ( 'train/growth.html#_with_zero_outgoing',
                                                                                           'gradmax_nb/train/growth.py'),
-                                         'gradmax_nb.train.growth.count_flops': ( 'train/growth.html#count_flops',
-                                                                                  'gradmax_nb/train/growth.py'),
                                          'gradmax_nb.train.growth.grow': ('train/growth.html#grow', 'gradmax_nb/train/growth.py'),
                                          'gradmax_nb.train.growth.measured_norm': ( 'train/growth.html#measured_norm',
                                                                                     'gradmax_nb/train/growth.py')},
