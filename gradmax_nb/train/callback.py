@@ -209,10 +209,14 @@ def grow_learner(
     start = time.perf_counter()
     pairs = growth_pairs(learn, batch)
     drawn = time.perf_counter()
-    _tell(learn, 'before_growth', [s for s,_ in turn], pairs)
-    told = time.perf_counter()
-    with _training(learn) as model:
-        records = _grow_each(model, turn, method, otherwise, pairs, growth_loss(learn), learn.opt)
+    try:
+        _tell(learn, 'before_growth', [s for s,_ in turn], pairs)
+        told = time.perf_counter()
+        with _training(learn) as model:
+            records = _grow_each(model, turn, method, otherwise, pairs, growth_loss(learn), learn.opt)
+    except BaseException:
+        _tell(learn, 'after_cancel_growth')
+        raise
     epoch = None if vars(learn).get('dl') is None else learn.epoch # fastai forgets the loader when a fit ends
     growth_log(learn).add(records, epoch, time.perf_counter()-told+drawn-start)
     _tell(learn, 'after_growth', records, pairs)
