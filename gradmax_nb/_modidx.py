@@ -1339,6 +1339,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'gradmax_nb/methods/lengths.py'),
                                             'gradmax_nb.methods.lengths._off': ( 'methods/lengths.html#_off',
                                                                                  'gradmax_nb/methods/lengths.py'),
+                                            'gradmax_nb.methods.lengths._reach': ( 'methods/lengths.html#_reach',
+                                                                                   'gradmax_nb/methods/lengths.py'),
                                             'gradmax_nb.methods.lengths._solve': ( 'methods/lengths.html#_solve',
                                                                                    'gradmax_nb/methods/lengths.py'),
                                             'gradmax_nb.methods.lengths._top_eigenvalue': ( 'methods/lengths.html#_top_eigenvalue',
