@@ -7,6 +7,7 @@ from .core.measure import Measurement, Side, measure
 from .methods import *
 from .train.growth import *
 from .train.schedules import *
+from .train.flops import *
 from .train.callback import *
 from .train.checkpoint import *
 from .show.figures import *
