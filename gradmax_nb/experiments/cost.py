@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Case', 'mlp_case', 'conv_case', 'wrn_case', 'ratios', 'in_dtype', 'exactness', 'run_cost', 'main']
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000004f
+# %% ../../nbs/experiments/08_cost.ipynb #00000099
 import argparse
 import json
 import os
@@ -24,7 +24,7 @@ from .zoo import wide_resnet
 from ..methods import GradMax
 from ..train.growth import grow, measured_norm
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000005b
+# %% ../../nbs/experiments/08_cost.ipynb #000000a5
 @dataclass(frozen=True)
 class Case:
     "One row of the benchmark."
@@ -39,7 +39,7 @@ class Case:
         "How many neurons each of the sites gets."
         return [max(1, int(s.width*self.k)) if self.k<1 else self.k for s in sites]
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000005c
+# %% ../../nbs/experiments/08_cost.ipynb #000000a6
 def mlp_case(width:int=1024, batch:int=512, k:int=64)->Case:
     "Two fully connected layers with `width` inputs, neurons and outputs; `batch` samples, `k` new neurons."
     net = nn.Sequential(nn.Linear(width,width), nn.ReLU(), nn.Linear(width,width))
@@ -52,14 +52,14 @@ def conv_case(width:int=64, size:int=32, batch:int=128, k:int=16)->Case:
     title = f'conv {width}-{width}-{width} 3×3 on {size}×{size}, batch {batch}, +{k}'
     return Case('conv', title, net, tuple(torch.randn(2,batch,width,size,size)), F.mse_loss, k)
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000005e
+# %% ../../nbs/experiments/08_cost.ipynb #000000a8
 def wrn_case(size:int=32, batch:int=128, depth:int=28)->Case:
     "All blocks of a WRN of `depth` layers at once, by a quarter of their seed width; pictures of `size` x `size`."
     xy = torch.rand(batch,3,size,size),torch.randint(0,10,(batch,))
     title = f'WRN-{depth}-1 × 0.25, all {(depth-4)//2} blocks, batch {batch}, +25 %'
     return Case('wrn', title, wide_resnet(.25,depth=depth), xy, F.cross_entropy, .25)
 
-# %% ../../nbs/experiments/08_cost.ipynb #00000061
+# %% ../../nbs/experiments/08_cost.ipynb #000000ab
 def _seconds(f, *args): return timeit(lambda: f(*args), number=1)
 
 def _train_step(net, opt, case):
@@ -73,7 +73,7 @@ def _grown_copy(net, opt, case, sites):
     sites = [s.on(net) for s in sites]
     return lambda: grow(net, sites, case.counts(sites), GradMax(), case.batch, case.loss_func, opt)
 
-# %% ../../nbs/experiments/08_cost.ipynb #00000062
+# %% ../../nbs/experiments/08_cost.ipynb #000000ac
 def ratios(case:Case, repeats:int, threads:int)->dict:
     "Seconds of a step and of a growth on `threads` threads, and their ratios in `repeats` pairs."
     before,net = torch.get_num_threads(),deepcopy(case.model)
@@ -93,7 +93,7 @@ def ratios(case:Case, repeats:int, threads:int)->dict:
     return dict(threads=threads, step_seconds=statistics.median(steps), grow_seconds=statistics.median(growths),
                 ratio=dict(median=statistics.median(paired), min=min(paired), max=max(paired)))
 
-# %% ../../nbs/experiments/08_cost.ipynb #00000065
+# %% ../../nbs/experiments/08_cost.ipynb #000000af
 def in_dtype(case:Case, dtype:torch.dtype)->Case:
     "The case with model and data in `dtype`."
     def to(t): return t.to(dtype) if t.is_floating_point() else t
@@ -115,7 +115,7 @@ def exactness(
         errors.append(abs(norm/r.predicted-1))
     return dict(sites=len(sites), deficit=max(deficits), error=max(errors))
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000006a
+# %% ../../nbs/experiments/08_cost.ipynb #000000b4
 def run_cost(
     cases=None,          # A function that gives the cases; None gives the three of this page
     repeats:int=9,       # Pairs per case and number of threads
@@ -133,7 +133,7 @@ def run_cost(
     return dict(rows=rows, method=repr(GradMax()), optimizer='SGD, momentum 0.9', repeats=repeats, seed=seed,
                 load_before=load, versions=versions(), hardware=hardware())
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000006d
+# %% ../../nbs/experiments/08_cost.ipynb #000000b7
 def _line(row):
     text = '{threads} thread(s): {ratio[median]:.2f} ({ratio[min]:.2f} to {ratio[max]:.2f})'
     return (f"{row['title']}\n    {', '.join(text.format(**t) for t in row['times'])}; deficit {row['deficit']:.1e}, "
@@ -152,6 +152,6 @@ def main(
     if a.out:
         write_text(a.out, json.dumps(result, indent=1)+'\n')
 
-# %% ../../nbs/experiments/08_cost.ipynb #0000006f
+# %% ../../nbs/experiments/08_cost.ipynb #000000b9
 if __name__=='__main__':
     main()

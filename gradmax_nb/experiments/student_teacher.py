@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'LARGE', 'COLOURED', 'NOTEBOOK', 'White', 'Coloured', 'Setti
            'student_losses', 'stack_loss', 'grown', 'student_flops', 'Course', 'CourseCallback', 'Contender', 'travel',
            'contenders', 'growth_flops', 'restarts', 'extended']
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000303
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003a9
 import copy
 import math
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from ..train.growth import grow
 from ..train.learner import LeanLearner
 from ..train.schedules import EveryN, event_steps
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000309
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003af
 @dataclass(frozen=True)
 class White:
     "Independent inputs of mean 0 and variance 1, as in the paper."
     def __call__(self, x, generator): return x
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000030a
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003b0
 @dataclass(frozen=True)
 class Coloured:
     "Inputs whose energy sits in few directions and in a mean, as in pictures; the mean square of a feature stays 1."
@@ -46,7 +46,7 @@ class Coloured:
         rest = x*scale*math.sqrt(d)/scale.norm() @ axes
         return (rest + self.mean*math.sqrt(d)*axes[0])/math.sqrt(1+self.mean**2)
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000030f
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003b5
 @dataclass(frozen=True)
 class Setting:
     "A task and the published schedule of growth."
@@ -67,13 +67,13 @@ class Setting:
             raise ValueError(f"{self.name}: {self.seed} neurons cannot grow to {self.width} in {n} equal events; the "
                              "seed must be smaller, at least 1, and the difference a multiple of the events")
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000310
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003b6
 SMALL = Setting('small', 20, 10, 10, 5)                 # 20:5:10 grows to 20:10:10
 LARGE = Setting('large', 100, 50, 10, 25)               # 100:25:10 grows to 100:50:10
 COLOURED = Setting('coloured', 20, 10, 10, 5, Coloured(decay=1., mean=2.), lr=.03)
 NOTEBOOK = Setting('notebook', 10, 10, 10, 5)           # what the authors' notebook runs: ten input features
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000311
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003b7
 class Task:
     "One teacher, its training samples and as many fresh ones."
     def __init__(self,
@@ -89,7 +89,7 @@ class Task:
 
     def __repr__(self): return f"Task({self.setting.name}, teacher {self.teacher})"
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000314
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003bb
 class Students(nn.Module):
     "Networks Linear, ReLU, Linear without biases, side by side; ReLU has slope 1 at zero, as in the paper."
     def __init__(self,
@@ -113,7 +113,7 @@ class Students(nn.Module):
         net.load_state_dict({'0.weight':self.w_in[i], '2.weight':self.w_out[i]})
         return net
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000315
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003bc
 def newborn(setting:Setting, seeds:int, width:int)->Students:
     "As many students as `seeds`, of `width` hidden neurons; the same seed and width give the same student."
     def glorot(g, *shape): return (2*torch.rand(shape, generator=g)-1)*math.sqrt(6/sum(shape))
@@ -121,7 +121,7 @@ def newborn(setting:Setting, seeds:int, width:int)->Students:
     pairs = [(glorot(g, width, setting.d_in), glorot(g, setting.d_out, width)) for g in gs]
     return Students(*map(torch.stack, zip(*pairs)))
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000318
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003bf
 def student_losses(students:Students, x:torch.Tensor, y:torch.Tensor)->torch.Tensor:
     "Mean squared error of each student, `(r,)`, on inputs `(n, d_in)` and labels `(n, d_out)`."
     with torch.no_grad():
@@ -131,7 +131,7 @@ def stack_loss(out:torch.Tensor, y:torch.Tensor)->torch.Tensor:
     "Sum of the students' mean squared errors, from outputs `(r, d_out, n)` and labels `(d_out, n)`."
     return F.mse_loss(out, y.expand_as(out), reduction='sum')/y.numel()
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000031e
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003c5
 def grown(
     students:Students, # Before
     task:Task,         # Its training samples are the growth batch
@@ -152,13 +152,13 @@ def grown(
             grow(net, site.on(net), k, method, (task.x,task.y), F.mse_loss)
     return Students(*(torch.stack([net[i].weight for net in nets]) for i in (0,2)))
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000328
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003ce
 @cache
 def student_flops(setting:Setting, width:int)->int:
     "FLOPs of one training step, forward and backward, of one student of `width` hidden neurons."
     return step_flops(newborn(setting, 1, width).student(0), torch.zeros(setting.samples, setting.d_in))
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000032d
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003d3
 class Course:
     "A stack of students on their way through one task."
     def __init__(self,
@@ -182,7 +182,7 @@ def train(self:Course, until:int, lr:float=None)->Course:
         learn.fit(1, s.lr if lr is None else lr)
     return self
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000032f
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003d5
 def _norms(g_in, g_out, first=0):
     "Gradient norm of each student's neurons from `first` on, `(r,)`."
     return (g_in[:,first:].square().sum((1,2))+g_out[:,:,first:].square().sum((1,2))).sqrt()
@@ -200,7 +200,7 @@ class CourseCallback(Callback):
             m.w_out.grad.mul_(c.rates)
     def after_step(self): self.course.t += 1
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000331
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003d7
 @patch
 def grow(self:Course, method, k:int, slower:float=1.)->Course:
     "Add `k` neurons to every student unless `method` is None; `slower` multiplies the learning rate of older ones."
@@ -215,7 +215,7 @@ def grow(self:Course, method, k:int, slower:float=1.)->Course:
         self.events.append((self.t, new, after-(after.square()-new.square()).clamp(min=0).sqrt()))
     return self
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000339
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003df
 @dataclass(frozen=True)
 class Contender:
     "One way through the training."
@@ -228,7 +228,7 @@ class Contender:
         "Steps after which it grows, or only slows down; a schedule of its own stands in for the setting's."
         return [] if self.method is None and self.slower==1 else event_steps(self.when or setting.when, setting.steps)
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000033a
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003e0
 def travel(
     task:Task,           # What to learn
     contender:Contender, # How
@@ -242,7 +242,7 @@ def travel(
         course.train(t).grow(contender.method, k, contender.slower)
     return course.train(s.steps)
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000340
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003e6
 def contenders(
     setting:Setting # The task
 )->dict:            # Name -> `Contender`
@@ -255,7 +255,7 @@ def contenders(
     return {**out, 'MirrorGradMax, tuned':Contender(MirrorGradMax(MeanNorm(1.35),Ascent(10)), **late),
             'Baseline-Big, slower':Contender(big=True, **late)}
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000343
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003e9
 def growth_flops(setting:Setting, contender:Contender)->int:
     "FLOPs of the growth of one student in all, by torch's counter (decompositions are not counted by it)."
     if contender.method is None:
@@ -267,7 +267,7 @@ def growth_flops(setting:Setting, contender:Contender)->int:
             grown(newborn(setting, 1, setting.seed+i*k), task, k, contender.method)
     return counter.get_total_flops()
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #00000346
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003ec
 def restarts(
     task:Task,        # What to learn
     contestants:dict, # Name -> `Contender`; each grows from the checkpoints of a student that grows at random
@@ -285,7 +285,7 @@ def restarts(
         main.grow(OfficialRandom(), k)
     return out
 
-# %% ../../nbs/experiments/05_student_teacher.ipynb #0000034b
+# %% ../../nbs/experiments/05_student_teacher.ipynb #000003f1
 def extended(course:Course, cost:int)->Course:
     "A copy that has trained on until, with `cost` FLOPs of growth, it has cost as much as Baseline-Big."
     s,out = course.task.setting,copy.deepcopy(course)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Study', 'run_setting', 'run_study', 'add_study_arguments', 'study_command']
 
-# %% ../../nbs/experiments/05a_study.ipynb #0000009d
+# %% ../../nbs/experiments/05a_study.ipynb #00000139
 import json
 import time
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .student_teacher import (COLOURED, LARGE, NOTEBOOK, SMALL, Setting, Task, W
     extended, growth_flops, student_losses, restarts, travel)
 from ..show.students import curves, digits, lasting, table, write_figures
 
-# %% ../../nbs/experiments/05a_study.ipynb #000000a4
+# %% ../../nbs/experiments/05a_study.ipynb #00000140
 @dataclass
 class Study:
     "Which tasks, how many teachers and seeds."
@@ -43,7 +43,7 @@ class Study:
         return dict(setting=sizes, teachers=self.teachers, seeds=self.seeds, first_teacher=self.first_teacher,
                     contenders={n:repr(c) for n,c in self.contenders(setting).items()})
 
-# %% ../../nbs/experiments/05a_study.ipynb #000000a7
+# %% ../../nbs/experiments/05a_study.ipynb #00000143
 _restarted = 'Random','GradMaxOpt','GradMax(AsComputed())','GradMax','MirrorGradMax(ascent=Ascent())','BoundMax'
 
 def _job(task, contender, seeds, cost):
@@ -57,7 +57,7 @@ def _finals(courses):
     return dict(train=digits([student_losses(s,t.x,t.y) for s,t in ends]),
                 fresh=digits([student_losses(s,t.fresh_x,t.fresh_y) for s,t in ends]))
 
-# %% ../../nbs/experiments/05a_study.ipynb #000000a8
+# %% ../../nbs/experiments/05a_study.ipynb #00000144
 def run_setting(study:Study, setting:Setting, processes:int=1, show:bool=False)->dict:
     "All teachers and contenders of one setting of a study, as plain numbers."
     known,tasks = study.contenders(setting),[Task(setting, study.first_teacher+t) for t in range(study.teachers)]
@@ -74,7 +74,7 @@ def run_setting(study:Study, setting:Setting, processes:int=1, show:bool=False)-
             methods[n]['equal'] = dict(steps=longer[0].t, **_finals(longer))
     return dict(facts=study.facts(setting), methods=methods, restarts=lasting(done[len(work):]))
 
-# %% ../../nbs/experiments/05a_study.ipynb #000000aa
+# %% ../../nbs/experiments/05a_study.ipynb #00000146
 def _kept(study, path):
     "Settings in the results file that this study would run in the same way."
     if not path.exists():
@@ -105,7 +105,7 @@ def run_study(
         write_text(path, json.dumps(results)+'\n')
     return json.loads(path.read_text(encoding='utf-8'))
 
-# %% ../../nbs/experiments/05a_study.ipynb #000000b3
+# %% ../../nbs/experiments/05a_study.ipynb #0000014f
 _few = 'Baseline-Small','Random','GradMax','GradMax(Lookahead())','BoundMax','Baseline-Big'
 _settings = {s.name:s for s in (SMALL,LARGE,COLOURED,NOTEBOOK)}
 
@@ -125,7 +125,7 @@ def add_study_arguments(
                    help='the small task with few methods, teachers and seeds: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse settings finished before')
 
-# %% ../../nbs/experiments/05a_study.ipynb #000000b4
+# %% ../../nbs/experiments/05a_study.ipynb #00000150
 def study_command(
     args # Parsed options
 )->int:  # Exit code

@@ -6,7 +6,7 @@
 __all__ = ['digits', 'curves', 'lasting', 'table', 'ratios', 'plot_learning', 'plot_ratio', 'plot_norms', 'plot_gaps',
            'plot_cost', 'write_figures', 'draw_journeys', 'explore']
 
-# %% ../../nbs/show/03_students.ipynb #000000b9
+# %% ../../nbs/show/03_students.ipynb #00000106
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from .figures import new_axes
 
-# %% ../../nbs/show/03_students.ipynb #000000be
+# %% ../../nbs/show/03_students.ipynb #0000010b
 def digits(
     values # A number, a tensor, or nested lists of them
 ):         # Numbers or nested lists of numbers
@@ -34,7 +34,7 @@ def curves(
     first = courses[0].notes
     return dict(step=[n[0] for n in first], width=[n[1] for n in first], **{k:digits(v) for k,v in means.items()})
 
-# %% ../../nbs/show/03_students.ipynb #000000c1
+# %% ../../nbs/show/03_students.ipynb #0000010e
 def lasting(
     parts:list # Of each teacher: contender -> courses, one per growth event; `events[0]`: `(step, norm, rise)`
 )->dict:       # Contender -> lists over growth events
@@ -53,7 +53,7 @@ def lasting(
                 gap=digits([g.mean(1) for g in gaps]), gap_se=digits([g.std(1)/g.shape[1]**.5 for g in gaps]))
     return out
 
-# %% ../../nbs/show/03_students.ipynb #000000c4
+# %% ../../nbs/show/03_students.ipynb #00000111
 def _pm(losses):
     "Mean and standard error of nested lists of losses, in words."
     t = torch.tensor(losses).flatten()
@@ -71,7 +71,7 @@ def table(
             for n,m in methods.items()}
     return pd.DataFrame.from_dict(rows, orient='index')
 
-# %% ../../nbs/show/03_students.ipynb #000000c7
+# %% ../../nbs/show/03_students.ipynb #00000114
 def _resampled(losses, n, generator):
     "Means of `losses`, `(teachers, seeds)`, with the seeds of each teacher drawn anew `n` times."
     i = torch.randint(losses.shape[1], (len(losses),n*losses.shape[1]), generator=generator)
@@ -95,7 +95,7 @@ def ratios(
         out[what] = ((a.mean()/b.mean()).item(), *ends.tolist())
     return out
 
-# %% ../../nbs/show/03_students.ipynb #000000ca
+# %% ../../nbs/show/03_students.ipynb #00000117
 _shown = ('Baseline-Small', 'Random', 'GradMax(AsComputed())', 'GradMax', 'GradMax(Lookahead())',
           'MirrorGradMax(ascent=Ascent())', 'BoundMax(ascent=Ascent())', 'Baseline-Big')
 _looks = {'Baseline-Small':('#888888','--'), 'Random':('#E69F00','-'), 'GradMaxOpt':('#F0C419','-.'),
@@ -112,7 +112,7 @@ def _log_with_names(ax):
     ax.legend(frameon=False, fontsize='x-small', ncols=2)
     return ax
 
-# %% ../../nbs/show/03_students.ipynb #000000cb
+# %% ../../nbs/show/03_students.ipynb #00000118
 def plot_learning(
     results:dict,     # One setting of the results file
     names:tuple=None, # Contenders; None: those most worth a look
@@ -140,7 +140,7 @@ def plot_ratio(
         ax.plot(c['step'][1:], c['ratio'][1:], label=n, lw=1.5, **_look(n))
     return _log_with_names(ax)
 
-# %% ../../nbs/show/03_students.ipynb #000000cf
+# %% ../../nbs/show/03_students.ipynb #0000011c
 def plot_norms(
     results:dict, # One setting of the results file
     ax=None       # Where to draw; None: a new figure
@@ -155,6 +155,7 @@ def plot_norms(
                     color=_look(n)['color'])
     return _log_with_names(ax)
 
+# %% ../../nbs/show/03_students.ipynb #0000011e
 def plot_gaps(
     results:dict, # One setting of the results file
     name:str      # Contender to compare with random growth
@@ -172,7 +173,7 @@ def plot_gaps(
     axes[0].figure.suptitle(title, fontsize='medium')
     return axes
 
-# %% ../../nbs/show/03_students.ipynb #000000d3
+# %% ../../nbs/show/03_students.ipynb #00000121
 def plot_cost(
     results:dict # One setting of the results file
 ):               # The axes: training samples, fresh samples
@@ -191,7 +192,7 @@ def plot_cost(
     axes[1].legend(frameon=False, fontsize='x-small', loc='center left', bbox_to_anchor=(1,.5))
     return axes
 
-# %% ../../nbs/show/03_students.ipynb #000000d6
+# %% ../../nbs/show/03_students.ipynb #00000124
 def write_figures(
     results:dict, # Contents of the results file
     folder        # Where the pictures go
@@ -213,7 +214,7 @@ def write_figures(
             plt.close(ax.figure)
     return out
 
-# %% ../../nbs/show/03_students.ipynb #000000d9
+# %% ../../nbs/show/03_students.ipynb #00000127
 def draw_journeys(
     journeys:dict, # Name -> rows of `journey`
     i:int          # Which look
@@ -235,7 +236,7 @@ def draw_journeys(
     right.set(yscale='log', ylim=(highest*1e-4, highest*2))
     return fig
 
-# %% ../../nbs/show/03_students.ipynb #000000db
+# %% ../../nbs/show/03_students.ipynb #00000129
 def explore(
     journey,    # Function of a name that gives the rows of its journey
     names:list, # Who can be chosen
