@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'pictures_recipe', 'contenders', 'demo_net', 'ValidateOnce', 'demo_learner', 'fit_demo', 'result_of',
-           'Comparison', 'run_demo', 'verdict', 'demo_figure', 'figure_bytes', 'report_html', 'write_report']
+           'Comparison', 'run_demo', 'verdict', 'demo_figure', 'report', 'write_report']
 
 # %% ../../nbs/experiments/04_demo.ipynb #00000002
-import base64
-import html
-import io
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +18,6 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Contender, Cosine
@@ -30,6 +26,8 @@ from .run import hardware, versions, write_text
 from .sweep import sweep
 from .zoo import small_net
 from ..methods import MirrorRandom, methods_by_name
+from ..show.figures import new_axes, plot_compare
+from ..show.page import figure_bytes, html_page
 from ..train.callback import GrowthCallback
 from ..train.checkpoint import save_grown
 from ..train.flops import FlopsCallback, step_flops
@@ -277,22 +275,8 @@ def _plot_curves(ax, runs, names, best):
     marks = sorted({g['step'] for rows in runs[runs.method==best].growth for g in rows})
     for i,s in enumerate(marks):
         ax.axvline(s, color=_colours.get(best), lw=.8, ls=':', label='growth event' if i==0 else None)
-    ax.set(yscale='log', xlabel='training step', ylabel='training loss (median over seeds)')
+    ax.set_yscale('log')
     ax.legend(frameon=False)
-
-# %% ../../nbs/experiments/04_demo.ipynb #00000064
-def _plot_costs(ax, runs):
-    "Test accuracy against training FLOPs; methods of about equal cost are set side by side, around their mean."
-    means = runs.groupby('method')[['relative_flops','accuracy']].mean()
-    errors = runs.groupby('method').accuracy.sem()
-    for n in means.accuracy.sort_values(ascending=False).index:
-        near = means.relative_flops[(means.relative_flops-means.relative_flops[n]).abs()<.08].sort_values()
-        x = near.mean() + .025*(near.index.get_loc(n)-(len(near)-1)/2)
-        ax.errorbar(x, means.accuracy[n], errors[n], fmt='s' if n.startswith('Baseline') else 'o', ms=8, capsize=4,
-                    color=_colours[n], label=n)
-    ax.set(xlim=(-.03,1.1), xlabel='training FLOPs, Baseline-Big = 1 (equal costs side by side)',
-           ylabel='test accuracy, % (± standard error)')
-    ax.legend(frameon=False, loc='center', bbox_to_anchor=(.4,.55))
 
 # %% ../../nbs/experiments/04_demo.ipynb #00000065
 def demo_figure(
@@ -303,62 +287,29 @@ def demo_figure(
     best = next((n for n in order if not n.startswith('Baseline')), None)
     fig = Figure(figsize=(12,4.6), layout='constrained')
     left,right = fig.subplots(1,2)
+    title = f'{best} starts small and grows while it trains' if best else 'Training loss'
+    left = new_axes(left, title, 'training step', 'training loss (median over seeds)')
     _plot_curves(left, runs, [n for n in ('Baseline-Small','Baseline-Big',best) if n in order], best)
-    _plot_costs(right, runs)
-    left.set_title(f'{best} starts small and grows while it trains' if best else 'Training loss')
-    right.set_title('Accuracy and what it cost')
-    for ax in (left,right):
-        ax.spines[['top','right']].set_visible(False)
+    cost = runs.rename(columns=dict(relative_flops='flops', accuracy='value'))
+    plot_compare(cost[cost.method.isin(order)], 'test accuracy, %', 'Accuracy and what it cost (± standard error)',
+                 'training FLOPs, Baseline-Big = 1', _colours, right)
     return fig
 
-def figure_bytes(
-    fig:Figure,       # What to write
-    format:str='png', # Or 'svg'
-    dpi:int=100       # Dots per inch
-)->bytes:
-    "The figure as a file's contents, the same each time."
-    buffer,meta = io.BytesIO(),{'Software':None} if format=='png' else {'Date':None}
-    with rc_context({'svg.hashsalt':'gradmax'}):
-        fig.savefig(buffer, format=format, dpi=dpi, metadata=meta)
-    return buffer.getvalue()
-
-# %% ../../nbs/experiments/04_demo.ipynb #0000006b
-_style = """:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;background:Canvas;color:CanvasText}
-table{border-collapse:collapse;display:block;overflow-x:auto}
-th,td{padding:.35rem .8rem;text-align:right!important;border-bottom:1px solid #8886}
-img{max-width:100%;background:#fff;border-radius:6px}
-code,pre{background:#8882;border-radius:4px;padding:.1rem .3rem;overflow-x:auto}"""
-
-def _facts(d):
-    "A dict as a list of its entries."
-    said = (f'{k}: {json.dumps(v, ensure_ascii=False)}' for k,v in d.items())
-    return '<ul>'+''.join(f'<li>{html.escape(o)}</li>' for o in said)+'</ul>'
-
 # %% ../../nbs/experiments/04_demo.ipynb #0000006e
-def report_html(
-    results:dict,   # Contents of a results file
-    command:str,    # How to repeat it
-    checkpoint:str, # Where the best grown network lies
-    png:bytes       # The figure
+def report(
+    results:dict,  # Contents of a results file
+    command:str,   # How to repeat it
+    checkpoint:str # Where the best grown network lies
 )->str:
     "A self-contained page about a comparison."
     runs,c = pd.DataFrame(results['runs']),results['config']
-    said = ''.join(f'<li>{html.escape(o)}</li>' for o in verdict(runs))
-    alt,data = 'Training loss over steps, and test accuracy over training FLOPs',base64.b64encode(png).decode()
     spent = f"{results['wall_seconds']:.0f} seconds of runs ({results['cpu_seconds']:.0f} of processor time)"
     setups = {r['method']:r['setup'] for r in results['runs'] if r['setup']!='None'}
-    parts = dict(Data=c['data'], Recipe=c['recipe'], Methods=setups, Versions=results['versions'], Machine=results['hardware'])
-    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>gradmax demo</title><style>{_style}</style></head><body>
-<h1>gradmax demo: {html.escape(c['data']['name'])}</h1><ul>{said}</ul>{table(runs).to_html(index=False, border=0)}
-<p>FLOPs: training FLOPs relative to Baseline-Big, growth included, by torch's counter. ± one standard error over seeds.</p>
-<img alt="{alt}" src="data:image/png;base64,{data}">
-<h2>What was run</h2><p>Seeds {html.escape(str(results['seeds']))}, {spent}.</p>
-{''.join(f'<h3>{n}</h3>{_facts(d)}' for n,d in parts.items())}
-<h2>Repeat it</h2><pre>{html.escape(command)}</pre><p>Every single run is in <code>results.json</code>; the grown network is
-<code>{html.escape(checkpoint)}</code>, to be read with <code>load_grown</code>.</p></body></html>
-"""
+    facts = dict(Data=c['data'], Recipe=c['recipe'], Methods=setups, Versions=results['versions'], Machine=results['hardware'])
+    return html_page(f"gradmax demo: {c['data']['name']}", verdict(runs), table(runs),
+        "FLOPs: training FLOPs relative to Baseline-Big, growth included, by torch's counter. ± one standard error.",
+        demo_figure(runs), f"Seeds {results['seeds']}, {spent}.", *(o for n,d in facts.items() for o in (f'## {n}',d)),
+        '## Repeat it', command, f'Every single run is in results.json; the grown network is {checkpoint}.')
 
 # %% ../../nbs/experiments/04_demo.ipynb #0000006f
 def write_report(
@@ -368,11 +319,9 @@ def write_report(
 )->list:          # Files written
     "Write figure and page into the comparison's folder."
     runs = pd.DataFrame(results['runs'])
-    fig = demo_figure(runs)
-    png = figure_bytes(fig)
-    (c.out/'figure.png').write_bytes(png)
-    (c.out/'figure.svg').write_bytes(figure_bytes(fig,'svg'))
+    for kind in ('png','svg'):
+        (c.out/f'figure.{kind}').write_bytes(figure_bytes(demo_figure(runs), kind))
     kept = [c.checkpoint(n) for n in table(runs).method if c.checkpoint(n).exists()]
     checkpoint = kept[0].relative_to(c.out).as_posix() if kept else ''
-    write_text(c.out/'report.html', report_html(results, command, checkpoint, png))
+    write_text(c.out/'report.html', report(results, command, checkpoint))
     return [c.out/n for n in ('report.html','figure.png','figure.svg','results.json',checkpoint) if n]
