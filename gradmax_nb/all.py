@@ -1,6 +1,7 @@
 from .theory import *
 from .model.surgery import *
 from .model.optim import *
+from .model.untouched import restore_rng, rng_state, untouched
 from .train.rates import *
 from .core.sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
 from .core.measure import Measurement, Side, measure
