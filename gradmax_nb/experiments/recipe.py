@@ -7,7 +7,7 @@ __all__ = ['Cosine', 'Drops', 'Growing', 'OwnWidth', 'Corner', 'Recipe', 'Conten
            'Eager', 'Compiled', 'CompileCallback', 'as_json', 'Setup', 'flat', 'differences', 'Course', 'wrn_recipe',
            'vgg_recipe', 'mobilenet_recipe', 'recipes']
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000005f
+# %% ../../nbs/experiments/02_recipe.ipynb #0000008d
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -25,7 +25,7 @@ from ..train.learner import KeepChannelsLast
 from ..train.plan import Plan, lengthened, plan_growth
 from ..train.schedules import AllSites, AtSteps, Named, Towards
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000063
+# %% ../../nbs/experiments/02_recipe.ipynb #00000091
 @dataclass(frozen=True)
 class Cosine:
     "Learning rate along half a cosine, to zero."
@@ -43,7 +43,7 @@ class Drops:
     def __call__(self, done:float)->float:
         return min(1., done/self.warmup)*self.factor**sum(done>=a for a in self.at)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000066
+# %% ../../nbs/experiments/02_recipe.ipynb #00000094
 @dataclass(frozen=True)
 class Growing:
     "When and where a network grows, in parts of the training."
@@ -61,7 +61,7 @@ class Growing:
                 f"steps {steps[0]} to {steps[-1]}): train longer, for instance with more epochs or a smaller batch")
         return AtSteps(*steps)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000006a
+# %% ../../nbs/experiments/02_recipe.ipynb #00000098
 @dataclass(frozen=True)
 class OwnWidth:
     "The seed draws its weights for its own width, as in the paper."
@@ -80,7 +80,7 @@ class Corner:
         full = build(1.).state_dict()
         return load_corner(build(width), full)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000070
+# %% ../../nbs/experiments/02_recipe.ipynb #0000009e
 @dataclass(frozen=True)
 class Recipe:
     "How a network of one kind is trained."
@@ -109,7 +109,7 @@ class Recipe:
     @property
     def peak(self)->float: return self.lr*self.batch_size/128
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000073
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a1
 @dataclass(frozen=True)
 class Contender:
     "One way through the training."
@@ -125,7 +125,7 @@ def contenders(
     fixed = {'Baseline-Small':Contender(), 'Baseline-Big':Contender(big=True)}
     return {**fixed, **{n:Contender(m) for n,m in methods.items()}}
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000076
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a4
 @dataclass(frozen=True)
 class FullPrecision:
     "Everything in single precision."
@@ -152,7 +152,7 @@ class Compiled:
     mode:str=None          # inductor's mode: 'reduce-overhead' uses CUDA graphs
     def apply(self, learn): return learn.add_cb(CompileCallback(self))
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000077
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a5
 class CompileCallback(Callback):
     "Trains the network through `torch.compile`, again after each growth."
     order = KeepChannelsLast.order+1
@@ -163,7 +163,7 @@ class CompileCallback(Callback):
         self.learn.model = torch.compile(model, backend=self.how.backend, mode=self.how.mode)
     def after_growth(self, records, batch): self.before_fit()
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000079
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a7
 def as_json(
     o # A value, or dataclasses of values
 ):    # The same in dicts, lists, numbers and strings
@@ -178,7 +178,7 @@ def as_json(
         return {k:as_json(v) for k,v in o.items()}
     return o if o is None or isinstance(o,(bool,int,float,str)) else repr(o)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000007a
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a8
 @dataclass(frozen=True)
 class Setup:
     "What is asked of one run."
@@ -202,7 +202,7 @@ class Setup:
         asked = as_json({f.name:getattr(self,f.name) for f in fields(self)})
         return json.loads(json.dumps({**asked, 'how':repr(self.contender.method), 'data':data.facts}))
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000007c
+# %% ../../nbs/experiments/02_recipe.ipynb #000000aa
 def flat(
     d:dict,       # Perhaps with dicts inside
     prefix:str='' # Comes before each name
@@ -232,7 +232,7 @@ def differences(
     said = {k:[o.get(k,'missing') for o in (a,b)] for k in (*a,*b)}
     return [f"{k} is {there} there and {here} here" for k,(there,here) in said.items() if there!=here]
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000081
+# %% ../../nbs/experiments/02_recipe.ipynb #000000af
 @patch
 def network(self:Setup, data, width:float, device='cpu')->nn.Module:
     "The network at `width` times its full size, where it is to be trained."
@@ -250,7 +250,7 @@ def _only(where, names):
     "`where` for the sites `names` alone."
     return replace(where, of=Named(*names)) if hasattr(where,'of') else Named(*names)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000082
+# %% ../../nbs/experiments/02_recipe.ipynb #000000b0
 @dataclass(frozen=True)
 class Course:
     "How a run will go."
@@ -286,7 +286,7 @@ def course(self:Setup,
     plan = lengthened(plan,budget) if self.equal_flops else plan
     return Course(plan, -(-plan.steps//data.steps(r.batch_size)), budget, full, where, k)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000089
+# %% ../../nbs/experiments/02_recipe.ipynb #000000b7
 def _build(network, width, classes, norm): return network(width, classes, nn.BatchNorm2d if norm else None)
 
 def wrn_recipe()->Recipe:

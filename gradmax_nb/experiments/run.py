@@ -6,7 +6,7 @@
 __all__ = ['Clock', 'versions', 'hardware', 'write_text', 'RunLog', 'learner_of', 'check_folder', 'run_folder', 'result_of',
            'train_to_end', 'run']
 
-# %% ../../nbs/experiments/02_run.ipynb #0000013f
+# %% ../../nbs/experiments/02_run.ipynb #000001d9
 import importlib.metadata
 import json
 import os
@@ -28,16 +28,15 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
 from .. import __version__
 from .recipe import Course, Setup, differences
-from ..methods import Firefly
 from ..train.callback import GrowthCallback, YoungRatesCallback
 from ..train.checkpoint import save_grown
 from ..train.checks import GrowthCheck
-from ..train.flops import FlopsCallback
 from ..train.learner import Diverged, ExactSchedule, KeepChannelsLast, LeanLearner, StepLosses
 from ..train.loaders import EachEpoch, stream
 from ..train.resume import ResumeCallback
+from ..train.spending import FlopsCallback
 
-# %% ../../nbs/experiments/02_run.ipynb #00000143
+# %% ../../nbs/experiments/02_run.ipynb #000001dd
 class Clock(Callback):
     "Seconds of training, growing, checking and testing, by the wall clock and by the processor's."
     order,remove_on_fetch = -90,True # first before a growth and last after it
@@ -59,7 +58,7 @@ class Clock(Callback):
     def state_dict(self)->dict: return dict(seconds=dict(self.seconds), cpu_seconds=dict(self.cpu_seconds))
     def load_state_dict(self, state): self.seconds,self.cpu_seconds = state['seconds'],state['cpu_seconds']
 
-# %% ../../nbs/experiments/02_run.ipynb #00000144
+# %% ../../nbs/experiments/02_run.ipynb #000001de
 def versions(
     *extra:str # Names of further installed distributions, such as 'scikit-learn'
 )->dict:       # Name -> version, dashes in names replaced by underscores
@@ -83,7 +82,7 @@ def hardware(
     processor = (named or [platform.processor() or platform.machine()])[0]
     return dict(processor=processor, cores=os.cpu_count(), system=platform.system(), device=name)
 
-# %% ../../nbs/experiments/02_run.ipynb #00000148
+# %% ../../nbs/experiments/02_run.ipynb #000001e2
 def write_text(
     path,     # Where to; missing folders are made
     text:str  # What
@@ -98,7 +97,7 @@ def write_text(
     finally:
         new.unlink(missing_ok=True)
 
-# %% ../../nbs/experiments/02_run.ipynb #0000014c
+# %% ../../nbs/experiments/02_run.ipynb #000001e6
 class RunLog(Callback):
     "A row for every epoch and every growth of a run; written to `path` after each epoch, if there is one."
     order,run_valid,remove_on_fetch = GrowthCallback.order-.6,False,True # inside the checks, around the FLOPs
@@ -120,7 +119,7 @@ class RunLog(Callback):
         if self.path is not None:
             write_text(self.path, json.dumps(self.rows)+'\n')
 
-# %% ../../nbs/experiments/02_run.ipynb #0000014d
+# %% ../../nbs/experiments/02_run.ipynb #000001e7
 @patch
 def before_train(self:RunLog):
     "Note once who is at work."
@@ -143,7 +142,7 @@ def after_growth(self:RunLog, records, batch):
     spent = dict(seconds=round(self.learn.clock.seconds['growth']-seconds,4), flops=self.learn.flops.of_growth-flops)
     self.rows['growth'].append(dict(event=len(self.rows['growth']), step=self.learn.train_iter, **spent, sites=rows))
 
-# %% ../../nbs/experiments/02_run.ipynb #0000014e
+# %% ../../nbs/experiments/02_run.ipynb #000001e8
 @patch
 def after_epoch(self:RunLog):
     "The row of an epoch, or of the last part of one."
@@ -160,7 +159,7 @@ def widths(self:RunLog)->list:
     "Present widths of the sites that grow."
     return [self.learn.model.get_submodule(n).weight.shape[0] for n in self.course.full]
 
-# %% ../../nbs/experiments/02_run.ipynb #00000150
+# %% ../../nbs/experiments/02_run.ipynb #000001ea
 def _growing(setup, course, data):
     "The callbacks of a network that grows."
     r,method = setup.recipe,setup.contender.method
@@ -170,10 +169,10 @@ def _growing(setup, course, data):
         event = learn.growth_callback.state['events']
         return data.growth(r.growth_batch, stream(setup.seed,'growth',event))
     grows = GrowthCallback(method, course.when, course.where, course.k, batch=batch)
-    check = GrowthCheck(exact=not isinstance(method,Firefly), every=setup.check_every)
+    check = GrowthCheck(setup.check_every, len(course.plan.events))
     return [grows, check, *([] if r.young is None else [YoungRatesCallback(r.young)])]
 
-# %% ../../nbs/experiments/02_run.ipynb #00000151
+# %% ../../nbs/experiments/02_run.ipynb #000001eb
 def learner_of(
     setup:Setup,    # What is asked
     data,           # Pictures: `Patterns()` or what `load_images` gives
@@ -195,7 +194,7 @@ def learner_of(
     learn.logger = noop
     return setup.engine.apply(setup.precision.apply(learn.remove_cb(ProgressCallback)))
 
-# %% ../../nbs/experiments/02_run.ipynb #00000155
+# %% ../../nbs/experiments/02_run.ipynb #000001ef
 _files = 'config.json','log.json','result.json','checkpoint.safetensors','model.safetensors'
 _half = re.compile(rf"\.({'|'.join(map(re.escape,_files))})\.[0-9a-f]{{8}}") # what a killed process leaves of a file
 
@@ -218,7 +217,7 @@ def check_folder(
     if wrong:
         raise ValueError(f"{folder} holds another run: {'; '.join(wrong)}. Ask for the same, or choose another folder")
 
-# %% ../../nbs/experiments/02_run.ipynb #00000156
+# %% ../../nbs/experiments/02_run.ipynb #000001f0
 @contextmanager
 def run_folder(
     folder:Path, # Of a run, perhaps not there yet
@@ -241,7 +240,7 @@ def run_folder(
         write_text(folder/'config.json', json.dumps(config,indent=1)+'\n')
         yield
 
-# %% ../../nbs/experiments/02_run.ipynb #00000157
+# %% ../../nbs/experiments/02_run.ipynb #000001f1
 def result_of(
     folder # Of a run
 )->dict:   # Or None if it is not finished
@@ -267,7 +266,7 @@ def result(self:RunLog)->dict:
         events=len(events), checked=len(grown), change=most('change'), error=most('error'),
         new_neurons=total('new_width')-total('old_width'), moved=total('moved'), fires=total('fires'))
 
-# %% ../../nbs/experiments/02_run.ipynb #00000158
+# %% ../../nbs/experiments/02_run.ipynb #000001f2
 def train_to_end(
     learn:Learner,   # From `learner_of`
     folder:Path=None,# Where log, checkpoint and result go; None keeps nothing
