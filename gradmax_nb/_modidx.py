@@ -1946,6 +1946,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'gradmax_nb/train/schedules.py')},
             'gradmax_nb.train.spending': { 'gradmax_nb.train.spending.FlopsCallback': ( 'train/spending.html#flopscallback',
                                                                                         'gradmax_nb/train/spending.py'),
+                                           'gradmax_nb.train.spending.FlopsCallback.__init__': ( 'train/spending.html#flopscallback.__init__',
+                                                                                                 'gradmax_nb/train/spending.py'),
                                            'gradmax_nb.train.spending.FlopsCallback.after_batch': ( 'train/spending.html#flopscallback.after_batch',
                                                                                                     'gradmax_nb/train/spending.py'),
                                            'gradmax_nb.train.spending.FlopsCallback.after_cancel_growth': ( 'train/spending.html#flopscallback.after_cancel_growth',

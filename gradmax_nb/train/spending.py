@@ -5,29 +5,31 @@
 # %% auto #0
 __all__ = ['FlopsCallback']
 
-# %% ../../nbs/train/06a_spending.ipynb #00000013
+# %% ../../nbs/train/06a_spending.ipynb #00000023
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from .callback import GrowthCallback
 from .flops import flop_counter, step_flops
 
-# %% ../../nbs/train/06a_spending.ipynb #0000001a
+# %% ../../nbs/train/06a_spending.ipynb #0000002a
 class FlopsCallback(Callback):
     "Training FLOPs spent in this fit: `total`, and `of_growth`, which is a part of it."
     order,run_valid,remove_on_fetch = GrowthCallback.order-.5,False,True
-    total,of_growth,_step,_counter = 0,0,None,None
+    total,of_growth,_counter = 0,0,None
+    def __init__(self): self._steps = {} # shapes of a batch -> FLOPs of a step with the present network
 
     def before_train(self):
         "Begin anew with each fit."
         if self.learn.train_iter==0:
-            self.total,self.of_growth = 0,0
-        self._step = None
+            self.total,self.of_growth,self._steps = 0,0,{}
 
     def after_batch(self):
-        "Book a step; count one first if the network has changed."
-        if self._step is None:
-            self._step = step_flops(get_model(self.learn.model), tuple(self.learn.xb))
-        self.total += self._step
+        "Book a step; count one first if there was none like it since the network has changed."
+        xb = tuple(self.learn.xb)
+        shapes = tuple(getattr(x,'shape',None) for x in xb)
+        if shapes not in self._steps:
+            self._steps[shapes] = step_flops(get_model(self.learn.model), xb)
+        self.total += self._steps[shapes]
 
     def before_growth(self, sites, batch):
         "Count from here."
@@ -38,7 +40,7 @@ class FlopsCallback(Callback):
         "Book what growth has computed."
         self._counter.__exit__(None, None, None)
         flops = self._counter.get_total_flops()
-        self.total,self.of_growth,self._step,self._counter = self.total+flops,self.of_growth+flops,None,None
+        self.total,self.of_growth,self._steps,self._counter = self.total+flops,self.of_growth+flops,{},None
 
     def after_cancel_growth(self):
         "Stop counting a growth that failed."
@@ -47,4 +49,4 @@ class FlopsCallback(Callback):
         self._counter = None
 
     def state_dict(self)->dict: return dict(total=self.total, of_growth=self.of_growth)
-    def load_state_dict(self, state:dict): self.total,self.of_growth,self._step = state['total'],state['of_growth'],None
+    def load_state_dict(self, state:dict): self.total,self.of_growth,self._steps = state['total'],state['of_growth'],{}
