@@ -272,6 +272,7 @@ def plot_compare(
     ylabel:str='final value',      # What `value` is, with its unit
     title:str='Result against training compute (bars: standard error)', # Message of the figure
     xlabel:str='training FLOPs',   # What `flops` is
+    colours:dict=None,             # Method -> colour; None: the package's, in the order of appearance
     ax:Axes=None                   # Where to draw; None: a new figure
 )->Axes:
     "Mean and standard error of each method's results against its training FLOPs."
@@ -279,10 +280,11 @@ def plot_compare(
     if not methods:
         raise ValueError("there are no results to compare: give one row per run, with `method`, `flops` and `value`")
     xs = _side_by_side([mean_and_error(f)[0] for f,_ in methods.values()])
+    colours = colours or {n:_colours[i%len(_colours)] for i,n in enumerate(methods)}
     for i,(name,(_,values)) in enumerate(methods.items()):
         mean,error = mean_and_error(values)
         ax.errorbar(xs[i], mean, yerr=error if len(values)>1 else None, fmt=_markers[i%len(_markers)], ms=7, capsize=4,
-                    color=_colours[i%len(_colours)], label=f"{name} ({len(values)} run{'s' if len(values)>1 else ''})")
+                    color=colours[name], label=f"{name} ({len(values)} run{'s' if len(values)>1 else ''})")
     ax.xaxis.set_major_formatter(FuncFormatter(_amount))
     ax.margins(x=.15, y=.15)
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5), fontsize='small')
