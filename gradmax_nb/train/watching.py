@@ -7,14 +7,15 @@ __all__ = ['FlopsCallback', 'GrowthCheck']
 
 # %% ../../nbs/train/06a_watching.ipynb #00000034
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from ..model.untouched import untouched, unwrapped
 from .callback import GrowthCallback, growth_log, growth_loss
-from .checks import (Draws, Unrepeatable, change, firing, growth_draws, keeps_output, moved, new_gradients,
+from .checks import (Draws, Unrepeatable, change, firing, growth_draws, keeps_output, moved,
                                      outputs, single_precision)
+from .growth import new_gradients
 from .flops import flop_counter, step_flops, tensors_in
 
 # %% ../../nbs/train/06a_watching.ipynb #0000003b
@@ -64,23 +65,34 @@ def after_growth(self:FlopsCallback, records, batch):
 
 # %% ../../nbs/train/06a_watching.ipynb #00000041
 class GrowthCheck(Callback):
-    "Check every growth: unchanged output, predicted gradient, new neurons that learn; raises `ValueError` where a promise is broken."
+    "Check every growth: unchanged output, predicted gradient, new neurons that learn; else raises `ValueError`."
     order,run_valid,remove_on_fetch,_only_train_loop = GrowthCallback.order-1,False,True,True
     most_change,most_error = 1e-4,1e-3 # relative, in single precision
     def __init__(self,
-        every:int=1 # Check every so many growths
+        every:int=1,   # Check every so many growths
+        times:int=None # Number of growths in all, the last of which is checked in any case; None: not known
     ):
-        self.every,self.rows,self.growths = every,[],0
+        self.every,self.times,self.rows,self.growths,self.flops = every,times,[],0,0
         self._before,self._open,self._skipped,self._warned = None,[],False,False
 
     @property
     def pending(self)->bool: return bool(self._open) # a check waits for the next step
-    def state_dict(self)->dict: return dict(rows=[dict(r) for r in self.rows], growths=self.growths)
-    def load_state_dict(self, state:dict): self.rows,self.growths,self._open = [dict(r) for r in state['rows']],state['growths'],[]
+    def state_dict(self)->dict: return dict(rows=[dict(r) for r in self.rows], growths=self.growths, flops=self.flops)
+    def load_state_dict(self, state:dict):
+        self.rows,self.growths,self.flops = [dict(r) for r in state['rows']],state['growths'],state.get('flops',0)
+        self._open = []
     def _model(self): return unwrapped(get_model(self.learn.model))
     def after_cancel_growth(self): self._before = None
 
 # %% ../../nbs/train/06a_watching.ipynb #00000042
+@patch
+@contextmanager
+def _booked(self:GrowthCheck):
+    "Count what checking computes in `flops`."
+    with flop_counter() as counter:
+        yield
+    self.flops += counter.get_total_flops()
+
 @patch
 def _measuring(self:GrowthCheck):
     "The mode and precision of a growth, without a trace; a context manager."
@@ -95,10 +107,11 @@ def _measuring(self:GrowthCheck):
 def before_growth(self:GrowthCheck, sites, batch):
     "Remember outputs and draws."
     self.growths,model,kept = self.growths+1,self._model(),Draws()
-    if (self.growths-1)%self.every:
+    if (self.growths-1)%self.every and self.growths!=self.times:
         return
-    before = outputs(model, batch[0][0], kept)
-    with self._measuring():
+    with self._booked():
+        before = outputs(model, batch[0][0], kept)
+    with self._booked(), self._measuring():
         self._before = before,kept,*growth_draws(model, sites, batch, growth_loss(self.learn))
 
 # %% ../../nbs/train/06a_watching.ipynb #00000043
@@ -108,13 +121,15 @@ def after_growth(self:GrowthCheck, records, batch):
     if self._before is None:
         return
     (before,kept,draws,loss),self._before = self._before,None
-    changes = self._repeated(lambda: map(change, before, outputs(self._model(), batch[0][0], kept.again())))
-    grads = self._gradients(records, batch, draws, loss)
+    with self._booked():
+        changes = self._repeated(lambda: map(change, before, outputs(self._model(), batch[0][0], kept.again())))
+        grads = self._gradients(records, batch, draws, loss)
     rows = [self._row(r) for r in records]
     for r,g,row in zip(records, grads, rows):
         row.update(change=changes and max(changes), **{n:None for n in ('measured','error','smallest')})
         if g is not None:
-            row.update(measured=g.norm().item(), error=abs(g.norm().item()/r.predicted-1), smallest=g.norm(dim=1).min().item())
+            norm = g.norm().item()
+            row.update(measured=norm, error=abs(norm/r.predicted-1), smallest=g.norm(dim=1).min().item())
         self._judge(r, row)
     self._open.append((rows, records, batch[0][0]))
 
@@ -132,7 +147,8 @@ def _gradients(self:GrowthCheck, records, batch, draws, loss):
     "Per record the gradient of the new weights; None where it was measured with other draws."
     with self._measuring():
         f = growth_loss(self.learn)
-        grads = self._repeated(lambda: new_gradients(self._model(), records, batch, f, draws.again())) or [None]*len(records)
+        grads = self._repeated(lambda: new_gradients(self._model(), records, batch, f, draws.again()))
+        grads = grads or [None]*len(records)
     same = [abs(r.loss-loss)<=1e-4*abs(loss)+1e-6 for r in records]
     if not all(same):
         self._warn("its sites were measured one by one, with other draws than all together")
@@ -153,10 +169,11 @@ def _row(self:GrowthCheck, rec):
 @patch
 def _judge(self:GrowthCheck, rec, row):
     "Raise if `row` says that the growth `rec` broke its promise."
-    def broken(what): return ValueError(f"growth of `{row['site']}` after step {row['step']} by {rec.method}: {what}; please report it")
+    where = f"growth of `{row['site']}` after step {row['step']} by {rec.method}"
+    def broken(what): return ValueError(f"{where}: {what}; please report it")
     if row['smallest'] is not None and not row['smallest']>0:
-        raise ValueError(f"`{row['site']}`: a new neuron has no gradient after growth by {rec.method}, so it would never learn: "
-                         "take a larger growth batch or fewer neurons")
+        raise ValueError(f"`{row['site']}`: a new neuron has no gradient after growth by {rec.method}, so it would "
+                         "never learn: take a larger growth batch or fewer neurons")
     if not keeps_output(rec.method):
         return
     if row['change'] is not None and not row['change']<self.most_change:
@@ -178,9 +195,11 @@ def after_step(self:GrowthCheck):
         return
     waiting,self._open = self._open,[]
     for rows,records,xb in waiting:
-        for row,m,f in zip(rows, moved(records), firing(self._model(), records, xb)):
+        with self._booked():
+            fires = firing(self._model(), records, xb)
+        for row,m,f in zip(rows, moved(records), fires):
             row.update(moved=int(m.sum()), fires=int(f.sum()))
             if not m.any():
-                raise ValueError(f"`{row['site']}`: no new neuron has moved in the step after growth, so they are not being trained: "
-                                 "does the optimizer hold this layer?")
+                raise ValueError(f"`{row['site']}`: no new neuron has moved in the step after growth, so they are not "
+                                 "being trained: does the optimizer hold this layer?")
         self.rows += rows
