@@ -1,12 +1,14 @@
 from .theory import *
 from .model.surgery import *
 from .model.optim import *
+from .model.untouched import restore_rng, rng_state, untouched
 from .train.rates import *
 from .core.sites import Refusal, Site, check_site, declare_site, find_sites, register_pointwise
 from .core.measure import Measurement, Side, measure
 from .methods import *
 from .train.growth import *
 from .train.schedules import *
+from .train.flops import *
 from .train.callback import *
 from .train.checkpoint import *
 from .show.figures import *

@@ -23,7 +23,8 @@ from .training import Recipe, as_json, flat, step_flops
 from .zoo import vgg11, wide_resnet
 from ..core.measure import Offset, smallest_offset
 from ..methods import FixedLength
-from ..core.sites import Site, evaluating, find_sites
+from ..core.sites import Site, find_sites
+from ..model.untouched import evaluating
 
 # %% ../../nbs/experiments/02_cifar.ipynb #00000006
 def _between(norm): return nn.BatchNorm2d if norm else None

@@ -27,16 +27,17 @@ from fastcore.basics import IN_NOTEBOOK, patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..train.checkpoint import load_grown, peek_grown, restore_rng, rng_state, save_grown
+from ..train.checkpoint import load_grown, peek_grown, save_grown
 from .records import hardware, versions, write_text
 from ..train.growth import grow
-from ..core.measure import Side, smallest_offset, untouched
+from ..core.measure import Side, smallest_offset
 from ..methods import (ActivationRMS, AsComputed, BoundMax, Firefly, GradMax, GradMaxOpt, MeanNorm, MirrorFirefly, MirrorGradMax, MirrorGradMaxOpt, MirrorRandom,
     OfficialRandom, RandomGrowth)
 from ..train.rates import YoungRates
 from ..train.schedules import AllSites
 from ..core.sites import NewNeurons, find_sites, make_extensions, widen
 from ..model.surgery import load_corner
+from ..model.untouched import restore_rng, rng_state, untouched
 
 # %% ../../nbs/experiments/00c_training.ipynb #00000006
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GrowthLog', 'TrainBatches', 'GrowthCallback', 'YoungRatesCallback']
+__all__ = ['GrowthLog', 'growth_log', 'TrainBatches', 'growth_pairs', 'growth_loss', 'grow_learner', 'GrowthCallback',
+           'YoungRatesCallback']
 
 # %% ../../nbs/train/06_callback.ipynb #00000005
 import time, warnings
@@ -25,10 +26,13 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model, num_distrib, set_seed, to_device
 from .growth import grow
-from ..core.measure import as_batches, untouched
+from ..core.measure import Offset, as_batches
+from ..model.optim import optimizer_guard
+from ..model.surgery import surgery_guard
 from .rates import YoungRates
 from .schedules import AllSites, Named, OfSeed, allot, neurons
 from ..core.sites import Site, find_sites
+from ..model.untouched import untouched, unwrapped
 
 # %% ../../nbs/train/06_callback.ipynb #00000010
 _columns = 'step epoch site old_width new_width predicted loss sigma method params seconds'.split()
@@ -70,7 +74,9 @@ def add(self:GrowthLog,
                        loss=r.loss, sigma=r.sigma.tolist(), method=str(r.method), params=n, seconds=seconds) for r in records]
 
 # %% ../../nbs/train/06_callback.ipynb #00000012
-def _log(learn):
+def growth_log(
+    learn:Learner # May have grown or not
+)->GrowthLog:     # `learn.growth`
     "The log of `learn`; begins one if there is none."
     if not isinstance(vars(learn).get('growth'), GrowthLog):
         learn.growth = GrowthLog()
@@ -84,7 +90,7 @@ class TrainBatches:
     bs:int=None  # Samples per batch; None: as in training
 
     def __call__(self, learn:Learner)->list:
-        dl,log = learn.dls.train,_log(learn)
+        dl,log = learn.dls.train,growth_log(learn)
         with untouched(get_model(learn.model)), _kept(dl):
             set_seed((torch.initial_seed() + 1000003*log.steps + 7919*len(log.rows)) % 2**32)
             batches = list(islice(_loader(dl, self.bs), self.n))
@@ -133,13 +139,18 @@ def _split(learn, b):
     return (xb[0] if len(xb)==1 else xb), (yb[0] if len(yb)==1 else yb)
 
 # %% ../../nbs/train/06_callback.ipynb #00000019
-def _pairs(learn, source):
-    "Growth batches from a source: `TrainBatches()` or another function of the learner, a pair, or an iterable of pairs."
+def growth_pairs(
+    learn:Learner, # Knows the device
+    source         # `TrainBatches()` or another function of the learner, a pair, or an iterable of pairs
+)->list:           # `(xb, yb)` pairs
+    "The growth batches of a source, as plain tensors on the model's device."
     return [(_plain(learn,xb),_plain(learn,yb)) for xb,yb in as_batches(source(learn) if callable(source) else source)]
 
 # %% ../../nbs/train/06_callback.ipynb #00000020
-def _loss_func(learn):
-    "The learner's loss as a function of predictions and a target or a tuple of them."
+def growth_loss(
+    learn:Learner # While it trains, or not
+):                # Function of predictions and a target, or a tuple of them
+    "The loss that growth is measured by: the learner's, without what MixUp makes of it."
     f = learn.loss_func
     owner = getattr(f, '__self__', None)
     if isinstance(owner, MixHandler):
@@ -147,37 +158,115 @@ def _loss_func(learn):
     return lambda pred,yb: _stripped(f(pred, *yb) if isinstance(yb, tuple) else f(pred, yb))
 
 # %% ../../nbs/train/06_callback.ipynb #00000022
-def _grow(learn, sites, ks, method, source, epoch):
-    "Grow `sites`, in training mode, and log it."
-    model,start = get_model(learn.model),time.perf_counter()
+def _tell(learn, event, *args):
+    "Call the method `event` of every callback that has one."
+    for cb in learn.cbs.sorted('order', reverse=event.startswith('after_')):
+        if cb.run and hasattr(type(cb), event):
+            getattr(cb, event)(*args)
+
+# %% ../../nbs/train/06_callback.ipynb #000000e5
+@contextmanager
+def _training(learn):
+    "Training mode, if it is not the learner's own."
+    model = get_model(learn.model)
     modes = [(m,m.training) for m in model.modules()]
     if not learn.training:
         model.train()
     try:
-        records = grow(model, sites, ks, method, iter(_pairs(learn,source)), _loss_func(learn), opt=learn.opt)
+        yield model
     finally:
         for m,mode in modes:
             m.training = mode
-    _log(learn).add(records, epoch, time.perf_counter()-start)
+
+# %% ../../nbs/train/06_callback.ipynb #000000e6
+def _grow_each(model, turn, method, otherwise, pairs, loss_func, opt):
+    "`Growth` records of the sites in `turn`, of all or of none; by `otherwise` where `method` refuses a site."
+    one = lambda sites,ks,how: grow(model, sites, ks, how, iter(pairs), loss_func, opt=opt)
+    try:
+        return one([s for s,_ in turn], [k for _,k in turn], method)
+    except ValueError:
+        if otherwise is None:
+            raise
+    records = []
+    with surgery_guard(model), optimizer_guard(opt):
+        for site,k in turn:
+            try:
+                records.append(one(site, k, method))
+            except ValueError as e:
+                records.append(one(site, k, otherwise))
+                records[-1].notes.append(f"grown by {otherwise}, since {method} refused: {e}")
     return records
+
+# %% ../../nbs/train/06_callback.ipynb #000000e7
+def grow_learner(
+    learn:Learner,        # Its optimizer, loss and training data are used; its callbacks are told
+    turn:list,            # `(site, k)` pairs: who grows, by how many neurons
+    method,               # How they get their weights: `GradMax()`, `BoundMax()`, ...
+    batch=TrainBatches(), # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
+    otherwise=None        # Method for a site that `method` refuses; None: raise what it says
+)->list:                  # `Growth` records
+    "One growth of a learner's model, logged, of which the learner's callbacks are told."
+    clock = time.perf_counter
+    start,pairs,drawn = clock(),growth_pairs(learn, batch),clock()
+    try:
+        _tell(learn, 'before_growth', [s for s,_ in turn], pairs)
+        told = clock()
+        with _training(learn) as model:
+            records = _grow_each(model, turn, method, otherwise, pairs, growth_loss(learn), learn.opt)
+    except BaseException:
+        _tell(learn, 'after_cancel_growth')
+        raise
+    epoch = None if vars(learn).get('dl') is None else learn.epoch # fastai forgets the loader when a fit ends
+    growth_log(learn).add(records, epoch, clock()-told+drawn-start)
+    _tell(learn, 'after_growth', records, pairs)
+    return records
+
+# %% ../../nbs/train/06_callback.ipynb #000000e8
+def _find_sites(learn, xb):
+    "Sites and refusals of the learner's model, searched without other people's hooks, which may hold what cannot be copied."
+    model = get_model(learn.model)
+    model = unwrapped(model)
+    with untouched(model), _unhooked(model):
+        return find_sites(model, xb)
+
+@contextmanager
+def _unhooked(model):
+    "Take the hooks of others off; ours are part of what the model computes."
+    tables = '_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks'.split()
+    kept = [(m,n,vars(m)[n]) for m in model.modules() for n in tables]
+    for m,n,hooks in kept:
+        setattr(m, n, type(hooks)((i,h) for i,h in hooks.items() if isinstance(h, Offset)))
+    try:
+        yield
+    finally:
+        for m,n,hooks in kept:
+            setattr(m, n, hooks)
 
 # %% ../../nbs/train/06_callback.ipynb #00000023
 @patch
 def grow(self:Learner,
-    site,                # A `Site`, the name of one, or a list of either
-    k,                   # New neurons: one number, or one per site
-    method,              # How they get their weights: `GradMax()`, `BoundMax()`, ...
-    batch=TrainBatches() # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
-):                       # A `Growth`, or a list of them if `site` is a list
+    site,                 # A `Site`, the name of one, or a list of either
+    k,                    # New neurons: one number, or one per site
+    method,               # How they get their weights: `GradMax()`, `BoundMax()`, ...
+    batch=TrainBatches(), # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
+    otherwise=None        # Method for a site that `method` refuses; None: raise what it says
+):                        # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; the optimizer follows."
-    many,pairs = isinstance(site, (list,tuple)),_pairs(self, batch)
+    many,pairs = isinstance(site, (list,tuple)),growth_pairs(self, batch)
     wanted = list(site) if many else [site]
+    ks = list(k) if isinstance(k, (list,tuple)) else [k]*len(wanted)
+    if len(ks)!=len(wanted):
+        raise ValueError(f"{len(ks)} counts were given for {len(wanted)} sites: give one number, or one per site")
     if any(isinstance(s,str) for s in wanted):
-        sites,refused = find_sites(get_model(self.model), pairs[0][0])
+        sites,refused = _find_sites(self, pairs[0][0])
         named = {s.name:s for s in Named(*(s for s in wanted if isinstance(s,str))).among(sites, refused)}
         wanted = [named.get(s,s) for s in wanted]
-    records = _grow(self, wanted, k, method, iter(pairs), None)
+    records = grow_learner(self, list(zip(wanted,ks)), method, pairs, otherwise)
     return records if many else records[0]
+
+# %% ../../nbs/train/06_callback.ipynb #000000e9
+def _grow(learn, sites, ks, method, source, epoch): return grow_learner(learn, list(zip(sites,ks)), method, source)
+_log = growth_log # both for the dashboard, until it uses the public names
 
 # %% ../../nbs/train/06_callback.ipynb #0000002a
 class GrowthCallback(Callback):
@@ -189,16 +278,19 @@ class GrowthCallback(Callback):
         where=AllSites(),    # `AllSites()`, `RoundRobin()`, `Named(...)`
         k=OfSeed(.25),       # Neurons per site and event: a number, `OfSeed(...)`, or a dict by site name
         max_width=None,      # Limit in the same terms; None: no limit
-        batch=TrainBatches() # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
+        batch=TrainBatches(),# Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
+        otherwise=None       # Method for a site that `method` refuses, say because no neuron there fires; None: an error
     ):
         for value,need,hint in ((method,'propose','GradMax()'), (when,'due','EveryN(100)'), (where,'at','AllSites()')):
             if isinstance(value,type) or not hasattr(value,need):
                 raise TypeError(f"{value!r} has no `{need}`: pass an object such as {hint}")
         self.method,self.when,self.where,self.k,self.max_width = method,when,where,k,max_width
         self.batch = list(batch) if hasattr(batch,'__next__') else batch
-        self.state = dict(step=0, events=0, owed=False, when=when.begin())
+        self.otherwise = otherwise
+        self.state = dict(step=0, events=0, turns={}, when=when.begin())
         self._record,self._found,self._warned,self._stale = None,None,set(),[]
-        self._fresh,self._stepped,self._column,self._trained = True,False,False,False
+        self._fresh,self._stepped,self._column,self._trained = True,None,False,False
+        self._waited,self._ready = False,False
 
     @property
     def name(self): return 'growth_callback' # `learn.growth` is the log
@@ -211,7 +303,7 @@ def before_fit(self:GrowthCallback):
     if not self.run:
         return
     self._connect()
-    self._stale,self._trained,self._column = [],False,False
+    self._stale,self._trained,self._column,self._waited,self._ready = [],False,False,False,False
     names = getattr(getattr(self.learn,'recorder',None), 'metric_names', None)
     if names is None or 'params' in names:
         return
@@ -224,7 +316,7 @@ def _connect(self:GrowthCallback):
     "Take the learner's log, or bring one along from `load_state_dict`."
     if self._fresh:
         if self._record is None:
-            self._record = _log(self.learn)
+            self._record = growth_log(self.learn)
         self.learn.growth,self._fresh = self._record,False
     elif vars(self.learn).get('growth') is not self._record:
         raise ValueError("this GrowthCallback has been used with another learner, whose steps it has counted: make a new one for each learner")
@@ -241,35 +333,40 @@ def before_train(self:GrowthCallback):
 
 # %% ../../nbs/train/06_callback.ipynb #00000033
 @patch
-def before_batch(self:GrowthCallback): self._stepped = False
+def before_batch(self:GrowthCallback): self._stepped = None
 
 @patch
-def after_step(self:GrowthCallback): self._stepped = True
+def after_cancel_step(self:GrowthCallback): self._stepped = False
+
+@patch
+def after_step(self:GrowthCallback): self._stepped = self._stepped is None
 
 @patch
 def after_batch(self:GrowthCallback):
-    "Count the step; grow if growth is due and no partial gradient is waiting."
+    "Count the optimizer step; grow if that makes growth due."
     self._find()
-    self.state['step'] += 1
+    if not self._stepped:
+        return
     if next(cb for cb in self.learn.cbs if isinstance(cb, GrowthCallback)) is self:
         self._record.steps += 1
-    due = self.when.due(self.state['when'], self.state['step'], self.learn.loss.detach())
-    self.state['owed'] = self.state['owed'] or due
-    if not (self.state['owed'] and self._stepped):
+    if not self._trainable():
+        self._waited = True
         return
-    self._event()
-    self.state.update(owed=False, events=self.state['events']+1)
+    self._ready = True
+    self.state['step'] += 1
+    due = self.when.due(self.state['when'], self.state['step'], self.learn.loss.detach())
+    if self.state.pop('owed', False) or due:
+        self._event()
+        self.state['events'] += 1
 
 # %% ../../nbs/train/06_callback.ipynb #00000034
 @patch
 def _find(self:GrowthCallback):
     "Find the sites of the learner's model, once, and check the numbers given for them."
-    model = get_model(self.learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(get_model(self.learn.model))
     if self._found and self._found[0].model is model:
         return
-    with untouched(model):
-        sites,refused = find_sites(model, _plain(self.learn, tuple(self.learn.xb)))
+    sites,refused = _find_sites(self.learn, _plain(self.learn, tuple(self.learn.xb)))
     self._found = self.where.among(sites, refused)
     if not self._found:
         raise ValueError("this model has no place to grow:\n" + '\n'.join(f'  {r}' for r in refused))
@@ -284,10 +381,10 @@ def _find(self:GrowthCallback):
 def _trainable(self:GrowthCallback):
     "The sites that are not frozen; warns once about the others."
     frozen = [s.name for s in self._found if not all(m.weight.requires_grad for m in (s.producer,*s.consumers))]
-    if len(frozen)==len(self._found):
-        raise ValueError(f"every site is frozen ({', '.join(frozen)}): call learn.unfreeze(), or fit without GrowthCallback")
     if new := [n for n in frozen if n not in self._warned]:
-        warnings.warn(f"frozen layers are not grown: {', '.join(new)}")
+        every = len(frozen)==len(self._found)
+        warnings.warn(f"every site is frozen ({', '.join(frozen)}): growth waits for learn.unfreeze(), and steps do not count until then"
+                      if every else f"frozen layers are not grown: {', '.join(new)}")
     self._warned.update(frozen)
     return [s for s in self._found if s.name not in frozen]
 
@@ -297,11 +394,9 @@ def _event(self:GrowthCallback):
     "One growth event."
     sites = self._trainable()
     widths,seeds = {s.name:s.width for s in sites},{s.name:self._record.seed(s) for s in sites}
-    turn = allot(sites, self.state['events'], widths, seeds, self.where, self.k, self.max_width)
-    if not turn:
-        return
-    _grow(self.learn, [s for s,_ in turn], [n for _,n in turn], self.method, self.batch, self.learn.epoch)
-    self._forget_best()
+    turn = allot(sites, self.state['events'], widths, seeds, self.where, self.k, self.max_width, self.state['turns'])
+    if turn:
+        grow_learner(self.learn, turn, self.method, self.batch, self.otherwise)
 
 # %% ../../nbs/train/06_callback.ipynb #00000039
 def _worst(cb): return float('inf') if cb.comp(0,1) else -float('inf')
@@ -314,10 +409,15 @@ def _forget_best(self:GrowthCallback):
         cb.best = _worst(cb)
 
 @patch
+def after_growth(self:GrowthCallback, records, batch): self._forget_best()
+
+@patch
 def after_fit(self:GrowthCallback):
-    "Keep `SaveModelCallback` from loading a file of another size."
+    "Say so if nothing could grow; keep `SaveModelCallback` from loading a file of another size."
+    if self._waited and not self._ready:
+        warnings.warn(f"nothing could grow in this fit, since every site was frozen all the time ({', '.join(s.name for s in self._found)}): call learn.unfreeze() before the next one")
     for cb in self._stale:
-        if cb.every_epoch or cb.at_end or cb.best!=_worst(cb):
+        if not cb.run or cb.every_epoch or cb.at_end or cb.best!=_worst(cb):
             continue
         cb.run = False # fastai sets it back at the end of this event
         warnings.warn(f"the model has grown since `{cb.fname}` was saved, so that file is not loaded and the present model is kept; to look at the saved one, load it into a model of the size it had")
@@ -342,17 +442,11 @@ def load_state_dict(self:GrowthCallback,
     state:dict # From `state_dict`
 )->GrowthCallback:
     "Go on where another callback stopped; in the next fit the log becomes the learner's."
-    self.state = {n:deepcopy(state[n]) for n in ('step','events','owed','when')}
+    self.state = {n:deepcopy(state.get(n,{})) for n in ('step','events','turns','when')}
+    if state.get('owed'):
+        self.state['owed'] = True # an older version saved it while growth waited for an optimizer step
     self._record,self._fresh = GrowthLog(deepcopy(state['rows']), state['steps']),True
     return self
-
-# %% ../../nbs/train/06_callback.ipynb #0000003f
-@patch
-def plot_growth(self:Learner, **kwargs):
-    "Training loss of the last fit, with marks where the model grew."
-    from gradmax_nb.show.figures import plot_growth
-    losses = self.recorder.losses
-    return plot_growth(self.growth.history, losses=losses, start=self.growth.steps-len(losses), **kwargs)
 
 # %% ../../nbs/train/06_callback.ipynb #0000009b
 class YoungRatesCallback(Callback):
@@ -376,8 +470,7 @@ def before_train(self:YoungRatesCallback):
         raise ValueError("Lookahead (ranger) moves the weights to its slow ones at some steps, which would be scaled as well: use the optimizer inside it")
     if any(isinstance(cb, NonNativeMixedPrecision) for cb in self.learn.cbs):
         raise ValueError("NonNativeMixedPrecision trains a copy of the parameters: use learn.to_fp16() or learn.to_bf16()")
-    model = get_model(self.learn.model)
-    model = getattr(model, '_orig_mod', model)
+    model = unwrapped(get_model(self.learn.model))
     state = self.state_dict()
     if self.rates is None or self.rates.model is not model:
         self.rates = YoungRates(model, self.rule)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.flop_counter import FlopCounterMode
-from ..core.measure import (Offset, Side, apply_layer, incoming_weight, smallest_offset, measure, outgoing_weights, set_norm_statistics, untouched, zero_extensions,
+from ..core.measure import (Offset, Side, apply_layer, incoming_weight, smallest_offset, measure, outgoing_weights, set_norm_statistics, zero_extensions,
     _base, _loss, _pad, _z_shape, as_batches)
 from ..model.optim import check_optimizer, learning_rates, optimizer_guard, rebind
-from ..core.sites import NewNeurons, Site, as_inputs, evaluating, make_extensions, run_path, widen
+from ..core.sites import NewNeurons, Site, as_inputs, make_extensions, run_path, widen
 from ..model.surgery import surgery_guard
+from ..model.untouched import evaluating, untouched, unwrapped
 
 # %% ../../nbs/train/00_growth.ipynb #0000000c
 @dataclass
@@ -206,7 +207,7 @@ def grow(
     opt=None          # Its optimizer (torch or fastai), which follows; None if there is none yet
 ):                    # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; all or nothing."
-    model = getattr(model, '_orig_mod', model) # what torch.compile wraps
+    model = unwrapped(model)
     sites,ks = _request(model, site, k)
     for s in sites:
         _check_trainable(s)

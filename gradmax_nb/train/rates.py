@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from math import isfinite
 from torch import Tensor, nn
+from ..model.untouched import unwrapped
 
 # %% ../../nbs/train/03_rates.ipynb #0000000d
 def _block(p:Tensor, shape)->Tensor:
@@ -72,7 +73,7 @@ class YoungRates:
     ):
         if isinstance(rule,type) or not callable(rule):
             raise TypeError(f"{rule!r} is no rule: pass an object such as Times(3.)")
-        self.model,self.rule = getattr(model,'_orig_mod',model),rule
+        self.model,self.rule = unwrapped(model),rule
         self.shapes,self._kept,self._now,self._tables = [_shapes(self.model)],None,None,{}
 
     @property

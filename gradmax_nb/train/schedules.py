@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['EveryN', 'event_steps', 'OnPlateau', 'AllSites', 'Named', 'RoundRobin', 'OfSeed', 'neurons', 'allot',
-           'planned_widths']
+__all__ = ['EveryN', 'event_steps', 'AtSteps', 'OnPlateau', 'AllSites', 'Named', 'RoundRobin', 'OfSeed', 'neurons', 'Towards',
+           'allot', 'planned_widths']
 
 # %% ../../nbs/train/01_schedules.ipynb #00000003
 import math
@@ -48,6 +48,21 @@ def event_steps(
     "Rehearse a schedule."
     state = when.begin()
     return [t for t in range(1,steps+1) if when.due(state, t, 1. if losses is None else losses[t-1])]
+
+# %% ../../nbs/train/01_schedules.ipynb #0000003f
+class AtSteps:
+    "Grow after the given training steps."
+    def __init__(self,
+        *steps:int # Steps after which growth falls due; the first step of a training is 1
+    ):
+        self.steps = tuple(_whole(s, 'step') for s in steps)
+        if not self.steps or list(self.steps)!=sorted(set(self.steps)):
+            raise ValueError(f"AtSteps needs rising steps, as in AtSteps(300, 450), got {steps}")
+    def __repr__(self): return f"AtSteps({', '.join(map(str,self.steps))})"
+    def __eq__(self, other): return isinstance(other, AtSteps) and self.steps==other.steps
+    def __hash__(self): return hash(self.steps)
+    def begin(self)->dict: return {}
+    def due(self, state:dict, step:int, loss)->bool: return step in self.steps
 
 # %% ../../nbs/train/01_schedules.ipynb #00000011
 def _smoothed(state, loss, beta):
@@ -140,21 +155,38 @@ class OfSeed:
     def __post_init__(self):
         if not (isinstance(self.fraction,(int,float)) and self.fraction>0):
             raise ValueError(f"OfSeed needs a positive number, got {self.fraction!r}")
+    def count(self, name:str, seed:int, width:int, turn:int)->int: return max(1, round(self.fraction*seed))
 
 # %% ../../nbs/train/01_schedules.ipynb #0000002d
 def neurons(
-    rule,      # A number, `OfSeed(...)`, or a dict from site name to either
-    name:str,  # Name of the site
-    seed:int   # Its seed width
+    rule,           # A number, `OfSeed(...)`, `Towards(...)`, your own, or a dict from site name to any of these
+    name:str,       # Name of the site
+    seed:int,       # Its seed width
+    width:int=None, # Its present width; None: it has not grown yet
+    turn:int=1      # How many times it has been its turn, this one included
 )->int:
     "The number of neurons that `rule` means at one site."
-    if isinstance(rule, OfSeed):
-        return max(1, round(rule.fraction*seed))
+    if hasattr(rule, 'count') and not isinstance(rule, (list,tuple)):
+        return _whole(rule.count(name, seed, seed if width is None else width, turn), 'number of neurons', least=0)
     if not isinstance(rule, dict):
         return _whole(rule, 'number of neurons')
     if name not in rule:
-        raise ValueError(f"no number of neurons is given for site `{name}`: add it to the dict, or restrict growth with Named({', '.join(map(repr,rule))})")
-    return neurons(rule[name], name, seed)
+        raise ValueError(f"no number of neurons is given for site `{name}`: add it to the dict, "
+                         f"or restrict growth with Named({', '.join(map(repr,rule))})")
+    return neurons(rule[name], name, seed, width, turn)
+
+# %% ../../nbs/train/01_schedules.ipynb #00000041
+@dataclass(frozen=True)
+class Towards:
+    "From the seed width to `full` in equal parts: after turn i a site is `seed + (full-seed)*i/times` wide, rounded."
+    full:object # Width at the end: a number, `OfSeed(...)`, or a dict from site name to either
+    times:int   # Turns of each site on the way
+    def __post_init__(self): _whole(self.times, 'times')
+    def count(self, name:str, seed:int, width:int, turn:int)->int:
+        full = neurons(self.full, name, seed)
+        if full<seed:
+            raise ValueError(f"`{name}` starts with {seed} neurons and cannot grow towards {full}: give a larger width")
+        return max(0, seed + round((full-seed)*min(turn,self.times)/self.times) - width)
 
 # %% ../../nbs/train/01_schedules.ipynb #00000030
 def _room(
@@ -176,12 +208,17 @@ def allot(
     seeds:dict,     # Site name -> width before it ever grew
     where,          # `AllSites()`, `RoundRobin()`, `Named(...)`
     k,              # Neurons per site and event: a number, `OfSeed(...)`, or a dict by site
-    max_width=None  # Limit in the same terms; None: no limit
+    max_width=None, # Limit in the same terms; None: no limit
+    turns:dict=None # Site name -> turns it has had, counted up here; None: `event` for each
 )->list:            # `(site, number)` pairs
     "Who grows at this event, and by how many."
     left = {s.name: _room(s.name, widths[s.name], seeds[s.name], max_width) for s in sites}
-    turn = where.at([s for s in sites if left[s.name]>0], event)
-    return [(s, int(min(neurons(k, s.name, seeds[s.name]), left[s.name]))) for s in turn]
+    turns,out = {s.name:event for s in sites} if turns is None else turns,[]
+    for s in where.at([s for s in sites if left[s.name]>0], event):
+        turns[s.name] = turns.get(s.name,0)+1
+        n = neurons(k, s.name, seeds[s.name], widths[s.name], turns[s.name])
+        out.append((s, int(min(n, left[s.name]))))
+    return [(s,n) for s,n in out if n]
 
 # %% ../../nbs/train/01_schedules.ipynb #00000036
 @dataclass(frozen=True)
@@ -199,9 +236,9 @@ def planned_widths(
     losses=None     # Training loss of each step, for schedules that look at it
 )->list:            # `(step, widths)` pairs: the start (step 0) and every event
     "The widths a schedule leads to."
-    sites,widths,out = where.among([_Spot(n) for n in seeds]),dict(seeds),[(0,dict(seeds))]
+    sites,widths,turns,out = where.among([_Spot(n) for n in seeds]),dict(seeds),{},[(0,dict(seeds))]
     for event,step in enumerate(event_steps(when, steps, losses)):
-        for s,n in allot(sites, event, widths, seeds, where, k, max_width):
+        for s,n in allot(sites, event, widths, seeds, where, k, max_width, turns):
             widths[s.name] += n
         out.append((step,dict(widths)))
     return out
