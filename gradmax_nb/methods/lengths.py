@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MeanNorm', 'FixedLength', 'SigmaWeighted', 'ActivationRMS', 'block_curvature', 'CurvatureBudget']
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000081
+# %% ../../nbs/methods/01_lengths.ipynb #000000c0
 from dataclasses import dataclass, field
 import torch
 from ..core.measure import Measurement, Side, activity, existing_rms, input_samples
 from .proposal import LengthRule, Proposal, generator_of, loss_of
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000008e
+# %% ../../nbs/methods/01_lengths.ipynb #000000cd
 def _check_positive(rule, name):
     value = getattr(rule, name)
     if value is not None and not value>0:
@@ -32,7 +32,7 @@ class MeanNorm:
                              "mean length is no length for new ones; use FixedLength, or train a step first")
         return torch.full_like(sigma, self.scale*mean)
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000008f
+# %% ../../nbs/methods/01_lengths.ipynb #000000ce
 @dataclass
 class FixedLength:
     "Every new vector has the same given length."
@@ -42,7 +42,7 @@ class FixedLength:
 
     def __call__(self, m, directions, sigma, side): return torch.full_like(sigma, self.length)
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000094
+# %% ../../nbs/methods/01_lengths.ipynb #000000d3
 @dataclass
 class SigmaWeighted:
     "Lengths in proportion to the singular values, with the same total budget as `base`."
@@ -51,7 +51,7 @@ class SigmaWeighted:
     def __call__(self, m, directions, sigma, side):
         return sigma/sigma.norm()*self.base(m,directions,sigma,side).norm()
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000009b
+# %% ../../nbs/methods/01_lengths.ipynb #000000da
 def _solve(
     value,              # `lengths -> (k,)`, positive
     wanted,             # What it should be
@@ -77,7 +77,7 @@ def _solve(
 
 def _off(now, wanted): return (wanted/now).log().abs()>.01
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000009f
+# %% ../../nbs/methods/01_lengths.ipynb #000000de
 def _wanted_rms(m, scale, floor, size):
     "Activation that new neurons should have; `size` is the mean length of the existing ones' incoming weights."
     existing = scale*existing_rms(m)
@@ -85,7 +85,7 @@ def _wanted_rms(m, scale, floor, size):
         return torch.full_like(size, existing)
     return (floor*size*input_samples(m).square().sum(0).mean().sqrt()).clamp_min(existing)
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000a0
+# %% ../../nbs/methods/01_lengths.ipynb #000000df
 @dataclass
 class ActivationRMS:
     "Activations as large (root mean square) as the existing ones on average; `MeanNorm` where length changes nothing."
@@ -111,7 +111,7 @@ class ActivationRMS:
         first = wanted/rms(torch.ones_like(start))
         return _solve(rms, wanted, start, rms(start), first).minimum(self.limit*start)
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000ac
+# %% ../../nbs/methods/01_lengths.ipynb #000000eb
 def _top_eigenvalue(apply, v, iters):
     "Largest eigenvalue of a symmetric operator seen from `iters` Lanczos steps: from below, and 0 if none is positive."
     Q,HQ = v.new_zeros(0,v.numel()),v.new_zeros(0,v.numel())
@@ -127,7 +127,7 @@ def _top_eigenvalue(apply, v, iters):
     T = Q@HQ.T
     return torch.linalg.eigvalsh((T+T.T)/2)[-1].clamp_min(0).item() if len(Q) else 0.
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000ae
+# %% ../../nbs/methods/01_lengths.ipynb #000000ed
 def block_curvature(
     m:Measurement, # Site
     p:Proposal,    # New neurons
@@ -143,7 +143,7 @@ def _hessian_times(g, w, v):
     "Hessian times `v`, with `g` the gradient at `w`; zero where the loss is linear."
     return torch.autograd.grad(g, w, v, retain_graph=True)[0] if g.requires_grad else torch.zeros_like(w)
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000b2
+# %% ../../nbs/methods/01_lengths.ipynb #000000f1
 def _curvature_at(m, w, side):
     "Curvature in the side at zero when the other one is `w`."
     if side is Side.INCOMING:
@@ -152,7 +152,7 @@ def _curvature_at(m, w, side):
         incoming,outgoing,zero = w.new_zeros(len(w),m.rows),w,Side.INCOMING
     return block_curvature(m, Proposal(incoming, outgoing, w.norm(dim=1), 0., zero))
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000b4
+# %% ../../nbs/methods/01_lengths.ipynb #000000f3
 @dataclass
 class CurvatureBudget:
     "The lengths of `base`, shortened together until learning rate times curvature is at most `fraction`."
