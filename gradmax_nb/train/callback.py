@@ -205,16 +205,19 @@ def grow_learner(
     batch=TrainBatches(), # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
     otherwise=None        # Method for a site that `method` refuses; None: raise what it says
 )->list:                  # `Growth` records
-    "One growth of a learner's model, in training mode, logged; callbacks get `before_growth(sites, batch)` and `after_growth(records, batch)`."
-    start = time.perf_counter()
-    pairs = growth_pairs(learn, batch)
-    drawn = time.perf_counter()
-    _tell(learn, 'before_growth', [s for s,_ in turn], pairs)
-    told = time.perf_counter()
-    with _training(learn) as model:
-        records = _grow_each(model, turn, method, otherwise, pairs, growth_loss(learn), learn.opt)
+    "One growth of a learner's model, logged, of which the learner's callbacks are told."
+    clock = time.perf_counter
+    start,pairs,drawn = clock(),growth_pairs(learn, batch),clock()
+    try:
+        _tell(learn, 'before_growth', [s for s,_ in turn], pairs)
+        told = clock()
+        with _training(learn) as model:
+            records = _grow_each(model, turn, method, otherwise, pairs, growth_loss(learn), learn.opt)
+    except BaseException:
+        _tell(learn, 'after_cancel_growth')
+        raise
     epoch = None if vars(learn).get('dl') is None else learn.epoch # fastai forgets the loader when a fit ends
-    growth_log(learn).add(records, epoch, time.perf_counter()-told+drawn-start)
+    growth_log(learn).add(records, epoch, clock()-told+drawn-start)
     _tell(learn, 'after_growth', records, pairs)
     return records
 
@@ -444,14 +447,6 @@ def load_state_dict(self:GrowthCallback,
         self.state['owed'] = True # an older version saved it while growth waited for an optimizer step
     self._record,self._fresh = GrowthLog(deepcopy(state['rows']), state['steps']),True
     return self
-
-# %% ../../nbs/train/06_callback.ipynb #0000003f
-@patch
-def plot_growth(self:Learner, **kwargs):
-    "Training loss of the last fit, with marks where the model grew."
-    from gradmax_nb.show.figures import plot_growth
-    losses = self.recorder.losses
-    return plot_growth(self.growth.history, losses=losses, start=self.growth.steps-len(losses), **kwargs)
 
 # %% ../../nbs/train/06_callback.ipynb #0000009b
 class YoungRatesCallback(Callback):
