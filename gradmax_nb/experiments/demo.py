@@ -28,7 +28,8 @@ from .zoo import small_net
 from ..methods import MirrorRandom, methods_by_name
 from ..show.figures import new_axes, plot_compare
 from ..show.page import figure_bytes, html_page
-from ..train.callback import GrowthCallback, growth_log
+from ..train.batches import growth_log
+from ..train.callback import GrowthCallback
 from ..train.checkpoint import save_grown
 from ..train.flops import step_flops
 from ..train.learner import ExactSchedule, LeanLearner, StepLosses

@@ -28,7 +28,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
 from .. import __version__
 from .recipe import Course, Setup, differences
-from ..train.callback import GrowthCallback, YoungRatesCallback
+from ..train.callback import GrowthCallback
+from ..train.young_rates import YoungRatesCallback
 from ..train.checkpoint import save_grown
 from ..train.watching import GrowthCheck
 from ..train.learner import Diverged, ExactSchedule, KeepChannelsLast, LeanLearner, StepLosses
