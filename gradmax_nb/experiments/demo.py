@@ -28,12 +28,13 @@ from .zoo import small_net
 from ..methods import MirrorRandom, methods_by_name
 from ..show.figures import new_axes, plot_compare
 from ..show.page import figure_bytes, html_page
-from ..train.callback import GrowthCallback
+from ..train.callback import GrowthCallback, growth_log
 from ..train.checkpoint import save_grown
-from ..train.flops import FlopsCallback, step_flops
+from ..train.flops import step_flops
 from ..train.learner import ExactSchedule, LeanLearner, StepLosses
 from ..train.loaders import EachEpoch
 from ..train.schedules import EveryN, Towards
+from ..train.watching import FlopsCallback
 
 # %% ../../nbs/experiments/04_demo.ipynb #0000001c
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ def demo_net(
 
 class ValidateOnce(Callback):
     "Leaves out the validation of all epochs but the last."
-    order = -100
+    order,trained = -100,False
+    def before_train(self): self.trained = True # `learn.validate()` does not train
     def before_validate(self):
-        if self.learn.epoch<self.learn.n_epoch-1:
+        trained,self.trained = self.trained,False
+        if trained and self.learn.epoch<self.learn.n_epoch-1:
             raise CancelValidException()
 
 def _growth(contender, data, recipe, order):
@@ -133,9 +136,8 @@ def _curve(losses, points=70):
 
 def _growth_rows(learn):
     "One row per site and event."
-    rows = learn.growth.rows if hasattr(learn.growth,'rows') else []
     kept = 'step','site','old_width','new_width','predicted'
-    return [{**{k:r[k] for k in kept}, 'method':r['method'].split('(')[0]} for r in rows]
+    return [{**{k:r[k] for k in kept}, 'method':r['method'].split('(')[0]} for r in growth_log(learn).rows]
 
 # %% ../../nbs/experiments/04_demo.ipynb #0000003b
 def result_of(

@@ -30,11 +30,11 @@ from .. import __version__
 from .recipe import Course, Setup, differences
 from ..train.callback import GrowthCallback, YoungRatesCallback
 from ..train.checkpoint import save_grown
-from ..train.checks import GrowthCheck
+from ..train.watching import GrowthCheck
 from ..train.learner import Diverged, ExactSchedule, KeepChannelsLast, LeanLearner, StepLosses
 from ..train.loaders import EachEpoch, stream
 from ..train.resume import ResumeCallback
-from ..train.spending import FlopsCallback
+from ..train.watching import FlopsCallback
 
 # %% ../../nbs/experiments/02_run.ipynb #0000035e
 class Clock(Callback):
