@@ -11,5 +11,6 @@ from .train.schedules import *
 from .train.flops import *
 from .train.callback import *
 from .train.checkpoint import *
+from .train.resume import *
 from .show.figures import *
 from .show.dashboard import *
