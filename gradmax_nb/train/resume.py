@@ -19,7 +19,8 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 from fastcore.all import L, noop, patch
 from ..model.untouched import restore_rng, rng_state
-from .callback import GrowthCallback, GrowthLog, growth_log
+from .batches import GrowthLog, growth_log
+from .callback import GrowthCallback
 from .checkpoint import Checkpoint, load_grown, peek_grown, save_grown
 
 # %% ../../nbs/train/07_resume.ipynb #00000153
