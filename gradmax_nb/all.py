@@ -16,5 +16,6 @@ from .train.watching import *
 from .train.young_rates import *
 from .train.checkpoint import *
 from .train.learner import *
+from .train.resume import *
 from .show.figures import *
 from .show.dashboard import *
