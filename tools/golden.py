@@ -211,11 +211,11 @@ def measure(
 DIGITS = 'losses', 'sigma', 'loss', 'predicted', 'measured', 'incoming', 'outgoing', 'all_weights'
 SHARES = 'relative_flops', 'relative_flops_exact', 'relative_flops_3_forward'
 TOLERANCES = {**dict.fromkeys(DIGITS, (1e-5, 1e-12)), **dict.fromkeys(SHARES, (1e-9, 0)),
-              'late_losses': (1e-3, 0), 'norms': (1e-3, 0), 'later': (1e-3, 1e-6), 'final': (1e-3, 1e-6),
+              'late_losses': (1e-5, 0), 'norms': (1e-3, 0), 'later': (1e-3, 1e-6), 'final': (1e-3, 1e-6),
               'accuracy': (0, .5), 'right_of_160': (0, 2), 'accuracy_se': (0, .25), 'train_loss': (.05, .003),
               'train_loss_se': (0, .003), 'test_loss': (.05, .01)}
-# With other vector instructions the Wide-ResNet's last 15 losses move by up to 2e-4, with the same ones not at all.
-ON_THE_SAME_MACHINE = {**TOLERANCES, 'late_losses': (1e-5, 0)}
+# What other vector instructions, or two threads, were seen to do: 2e-5 to losses, 2e-4 to the Wide-ResNet's last 15.
+ELSEWHERE = {**TOLERANCES, 'losses': (1e-4, 1e-12), 'late_losses': (1e-3, 0)}
 
 
 def number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
@@ -256,12 +256,14 @@ def differences(was, now, tolerances, place='', name=''):
 
 
 def compare(
-    record,     # From `read_record`
-    now,        # From `measure`
-    exact=False # True: every bit, which holds on the record's own kind of machine only
-):              # Sentences; none: nothing has changed
+    record,      # From `read_record`
+    now,         # From `measure`
+    exact=False, # True: every bit, which holds on the record's own kind of machine only
+    threads=1    # With how many `now` was measured
+):               # Sentences; none: nothing has changed
     "What differs between the record and the present code, for all that was measured now"
-    usual = ON_THE_SAME_MACHINE if record.get('made', {}).get('machine') == machine() else TOLERANCES
+    made = record.get('made', dict(machine=machine(), threads=threads))
+    usual = TOLERANCES if (made['machine'], made['threads']) == (machine(), threads) else ELSEWHERE
     was = {n: v for n, v in record['measured'].items() if n in now}
     return list(differences(was, now, {} if exact else usual))
 
@@ -329,7 +331,7 @@ def main(
         print(f'{write}: {count(now)} values')
         return
     was = dict(measured=measure(names, load_adapter(against), threads)) if against else read_record(record)
-    found = compare(was, now, exact)
+    found = compare(was, now, exact, threads)
     print('\n'.join(found))
     took = time.process_time()-began
     print(f'{count(now)} values measured, {len(found)} differences, {took:.0f} s of processor time')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep', 'put_back', 'ResumeCallback']
 
-# %% ../../nbs/train/07_resume.ipynb #00000188
+# %% ../../nbs/train/07_resume.ipynb #000001cd
 import time
 from functools import singledispatch
 from pathlib import Path
@@ -19,10 +19,11 @@ from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 from fastcore.all import L, noop, patch
 from ..model.untouched import restore_rng, rng_state
-from .callback import GrowthCallback, GrowthLog, growth_log
+from .batches import GrowthLog, growth_log
+from .callback import GrowthCallback
 from .checkpoint import Checkpoint, load_grown, peek_grown, save_grown
 
-# %% ../../nbs/train/07_resume.ipynb #00000195
+# %% ../../nbs/train/07_resume.ipynb #000001da
 @patch
 def save_grown(self:Learner,
     path,      # File to write, by convention `*.safetensors`; replaced in one step if it exists
@@ -34,7 +35,7 @@ def save_grown(self:Learner,
     log = growth_log(self)
     return save_grown(path, get_model(self.model), self.opt, log.rows, dict(steps=log.steps, extra=extra))
 
-# %% ../../nbs/train/07_resume.ipynb #00000196
+# %% ../../nbs/train/07_resume.ipynb #000001db
 def _unfolded(extra):
     "`(steps, extra)` of a file; the steps are None if it was written without a Learner."
     own = isinstance(extra, dict) and extra.keys()=={'steps','extra'}
@@ -56,7 +57,7 @@ def load_grown(self:Learner,
     log.steps = max([r.get('step',0) for r in log.rows], default=0) if steps is None else steps
     return found
 
-# %% ../../nbs/train/07_resume.ipynb #0000019c
+# %% ../../nbs/train/07_resume.ipynb #000001e1
 @singledispatch
 def keep(
     o     # A callback or a loader of a Learner
@@ -72,7 +73,7 @@ def put_back(
     "Bring `o` to the state that was kept."
     o.load_state_dict(state)
 
-# %% ../../nbs/train/07_resume.ipynb #0000019e
+# %% ../../nbs/train/07_resume.ipynb #000001e3
 @keep.register
 def _(cb:Recorder):
     losses = torch.stack([torch.as_tensor(l) for l in cb.losses]) if cb.losses else None # one tensor in the file
@@ -85,7 +86,7 @@ def _(cb:Recorder, state):
     cb.losses = [] if state['losses'] is None else list(state['losses'].unbind())
     cb.smooth_loss.val,cb.smooth_loss.count = state['smooth'],state['count']
 
-# %% ../../nbs/train/07_resume.ipynb #0000019f
+# %% ../../nbs/train/07_resume.ipynb #000001e4
 @keep.register(ParamScheduler)
 @keep.register(TrackerCallback)
 @keep.register(GrowthCallback)
@@ -96,7 +97,7 @@ def _(cb): return {name:getattr(cb, name) for name in ('hps','best','new_best','
 @put_back.register(GrowthCallback)
 def _(cb, state): vars(cb).update(state)
 
-# %% ../../nbs/train/07_resume.ipynb #000001a2
+# %% ../../nbs/train/07_resume.ipynb #000001e7
 @keep.register
 def _(cb:MixedPrecision): return dict(scaler=cb.learn.scaler.state_dict(), scales=list(cb.scales))
 
@@ -123,13 +124,13 @@ def _(dl:torch.utils.data.DataLoader, state):
     for g,value in zip(_generators(dl), state.values()):
         g.set_state(value)
 
-# %% ../../nbs/train/07_resume.ipynb #000001a5
+# %% ../../nbs/train/07_resume.ipynb #000001ea
 class _AfterAll(Callback): # passes on that all others have seen a training batch
     order,run_valid,remove_on_fetch,_only_train_loop = 1000,False,True,True
     def __init__(self, then): self.then = then
     def after_batch(self): self.then()
 
-# %% ../../nbs/train/07_resume.ipynb #000001a6
+# %% ../../nbs/train/07_resume.ipynb #000001eb
 class ResumeCallback(Callback):
     "Keep the state of a fit in a file, and go on from it when the same `fit` is called again."
     order,run_valid,remove_on_fetch,_only_train_loop,_learner = -100,False,True,True,None # before all others
@@ -149,7 +150,7 @@ class ResumeCallback(Callback):
         getattr(learn, 'add_cb', noop)(self._last)
         self._learner = learn
 
-# %% ../../nbs/train/07_resume.ipynb #000001a8
+# %% ../../nbs/train/07_resume.ipynb #000001ed
 @patch
 def before_fit(self:ResumeCallback):
     "See what the file holds."
@@ -171,7 +172,7 @@ def _checked(self:ResumeCallback):
                          f"{type(dl).__name__} cannot begin: use the loader that was used, or delete the file")
     return found
 
-# %% ../../nbs/train/07_resume.ipynb #000001a9
+# %% ../../nbs/train/07_resume.ipynb #000001ee
 @patch
 def before_epoch(self:ResumeCallback):
     "Pass over epochs that are done, go on in the one that is open, or keep the state at the start of a new one."
@@ -189,7 +190,7 @@ def before_epoch(self:ResumeCallback):
     else:
         self._save(0)
 
-# %% ../../nbs/train/07_resume.ipynb #000001aa
+# %% ../../nbs/train/07_resume.ipynb #000001ef
 @patch
 def before_batch(self:ResumeCallback):
     "Count batches of an epoch from its start, wherever it was begun."
@@ -204,11 +205,11 @@ def _between(self:ResumeCallback):
 
 def _half_done(learn, batch):
     "Is there something that no file holds: a check under way, part of a gradient, part of a metric?"
-    waiting = any(vars(cb).get('pending', getattr(type(cb),'pending',None)) is not None for cb in learn.cbs)
+    waiting = any((hasattr(type(cb),'pending') or 'pending' in vars(cb)) and cb.pending for cb in learn.cbs)
     partial = any(p.grad is not None and bool(p.grad.any()) for p in learn.model.parameters())
     return waiting or partial or bool(batch) and any(isinstance(cb, Recorder) and cb.train_metrics for cb in learn.cbs)
 
-# %% ../../nbs/train/07_resume.ipynb #000001ab
+# %% ../../nbs/train/07_resume.ipynb #000001f0
 def _parts(learn):
     "Loaders and callbacks by name."
     cbs = learn.cbs.sorted('order')
@@ -227,7 +228,7 @@ def _save(self:ResumeCallback, batch):
     learn.save_grown(self.path, dict(fit=fit, states=states, zero=zero, rng=rng_state()))
     self._saved = now
 
-# %% ../../nbs/train/07_resume.ipynb #000001ac
+# %% ../../nbs/train/07_resume.ipynb #000001f1
 @patch
 def _go_on(self:ResumeCallback, found):
     "Put everything back."
