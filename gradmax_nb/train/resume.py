@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep', 'put_back', 'ResumeCallback']
 
-# %% ../../nbs/train/07_resume.ipynb #00000146
+# %% ../../nbs/train/07_resume.ipynb #000001cd
 import time
 from functools import singledispatch
 from pathlib import Path
@@ -23,7 +23,7 @@ from .batches import GrowthLog, growth_log
 from .callback import GrowthCallback
 from .checkpoint import Checkpoint, load_grown, peek_grown, save_grown
 
-# %% ../../nbs/train/07_resume.ipynb #00000153
+# %% ../../nbs/train/07_resume.ipynb #000001da
 @patch
 def save_grown(self:Learner,
     path,      # File to write, by convention `*.safetensors`; replaced in one step if it exists
@@ -35,7 +35,7 @@ def save_grown(self:Learner,
     log = growth_log(self)
     return save_grown(path, get_model(self.model), self.opt, log.rows, dict(steps=log.steps, extra=extra))
 
-# %% ../../nbs/train/07_resume.ipynb #00000154
+# %% ../../nbs/train/07_resume.ipynb #000001db
 def _unfolded(extra):
     "`(steps, extra)` of a file; the steps are None if it was written without a Learner."
     own = isinstance(extra, dict) and extra.keys()=={'steps','extra'}
@@ -57,7 +57,7 @@ def load_grown(self:Learner,
     log.steps = max([r.get('step',0) for r in log.rows], default=0) if steps is None else steps
     return found
 
-# %% ../../nbs/train/07_resume.ipynb #0000015a
+# %% ../../nbs/train/07_resume.ipynb #000001e1
 @singledispatch
 def keep(
     o     # A callback or a loader of a Learner
@@ -73,7 +73,7 @@ def put_back(
     "Bring `o` to the state that was kept."
     o.load_state_dict(state)
 
-# %% ../../nbs/train/07_resume.ipynb #0000015c
+# %% ../../nbs/train/07_resume.ipynb #000001e3
 @keep.register
 def _(cb:Recorder):
     losses = torch.stack([torch.as_tensor(l) for l in cb.losses]) if cb.losses else None # one tensor in the file
@@ -86,7 +86,7 @@ def _(cb:Recorder, state):
     cb.losses = [] if state['losses'] is None else list(state['losses'].unbind())
     cb.smooth_loss.val,cb.smooth_loss.count = state['smooth'],state['count']
 
-# %% ../../nbs/train/07_resume.ipynb #0000015d
+# %% ../../nbs/train/07_resume.ipynb #000001e4
 @keep.register(ParamScheduler)
 @keep.register(TrackerCallback)
 @keep.register(GrowthCallback)
@@ -97,7 +97,7 @@ def _(cb): return {name:getattr(cb, name) for name in ('hps','best','new_best','
 @put_back.register(GrowthCallback)
 def _(cb, state): vars(cb).update(state)
 
-# %% ../../nbs/train/07_resume.ipynb #00000160
+# %% ../../nbs/train/07_resume.ipynb #000001e7
 @keep.register
 def _(cb:MixedPrecision): return dict(scaler=cb.learn.scaler.state_dict(), scales=list(cb.scales))
 
@@ -124,17 +124,16 @@ def _(dl:torch.utils.data.DataLoader, state):
     for g,value in zip(_generators(dl), state.values()):
         g.set_state(value)
 
-# %% ../../nbs/train/07_resume.ipynb #00000163
-class _AfterAll(Callback):
-    "Passes on that all others have seen a training batch."
+# %% ../../nbs/train/07_resume.ipynb #000001ea
+class _AfterAll(Callback): # passes on that all others have seen a training batch
     order,run_valid,remove_on_fetch,_only_train_loop = 1000,False,True,True
     def __init__(self, then): self.then = then
     def after_batch(self): self.then()
 
+# %% ../../nbs/train/07_resume.ipynb #000001eb
 class ResumeCallback(Callback):
     "Keep the state of a fit in a file, and go on from it when the same `fit` is called again."
-    order,run_valid,remove_on_fetch,_only_train_loop = -100,False,True,True # before all others
-    _learner = None
+    order,run_valid,remove_on_fetch,_only_train_loop,_learner = -100,False,True,True,None # before all others
     def __init__(self,
         path,        # The file, by convention `*.safetensors`; one file for one `fit`. To begin anew, delete it
         seconds=None # Time between two checkpoints, within an epoch if the loader has `start`; None: one per epoch
@@ -144,16 +143,14 @@ class ResumeCallback(Callback):
         self.path,self.seconds,self._last = Path(path),seconds,_AfterAll(self._between)
         self._found,self._muted,self._skipped,self._pct = None,[],0,None
 
-    @property
-    def learn(self): return self._learner
-
+    learn = property(lambda self: self._learner)
     @learn.setter
     def learn(self, learn):
         getattr(self._learner, 'remove_cb', noop)(self._last)
         getattr(learn, 'add_cb', noop)(self._last)
         self._learner = learn
 
-# %% ../../nbs/train/07_resume.ipynb #00000165
+# %% ../../nbs/train/07_resume.ipynb #000001ed
 @patch
 def before_fit(self:ResumeCallback):
     "See what the file holds."
@@ -169,13 +166,13 @@ def _checked(self:ResumeCallback):
     if not isinstance(fit, dict):
         raise ValueError(f"`{self.path}` holds no fit, since ResumeCallback did not write it: give another path")
     if fit['n_epoch']!=n:
-        raise ValueError(f"`{self.path}` has a fit of {fit['n_epoch']} epochs, not of {n}: ask for as many, or delete it")
+        raise ValueError(f"`{self.path}` has a fit of {fit['n_epoch']} epochs, not {n}: ask for as many, or delete it")
     if fit['batch'] and 'start' not in vars(dl):
         raise ValueError(f"`{self.path}` was written after {fit['batch']} batches of an epoch, where a "
                          f"{type(dl).__name__} cannot begin: use the loader that was used, or delete the file")
     return found
 
-# %% ../../nbs/train/07_resume.ipynb #00000166
+# %% ../../nbs/train/07_resume.ipynb #000001ee
 @patch
 def before_epoch(self:ResumeCallback):
     "Pass over epochs that are done, go on in the one that is open, or keep the state at the start of a new one."
@@ -193,6 +190,7 @@ def before_epoch(self:ResumeCallback):
     else:
         self._save(0)
 
+# %% ../../nbs/train/07_resume.ipynb #000001ef
 @patch
 def before_batch(self:ResumeCallback):
     "Count batches of an epoch from its start, wherever it was begun."
@@ -205,21 +203,19 @@ def _between(self:ResumeCallback):
     if self.run and self.seconds is not None and 'start' in vars(self.learn.dls.train):
         self._save(self.learn.iter+1)
 
-# %% ../../nbs/train/07_resume.ipynb #00000167
 def _half_done(learn, batch):
     "Is there something that no file holds: a check under way, part of a gradient, part of a metric?"
-    def waits(cb): return (hasattr(type(cb),'pending') or 'pending' in vars(cb)) and cb.pending
-    waiting = any(waits(cb) for cb in learn.cbs)
+    waiting = any((hasattr(type(cb),'pending') or 'pending' in vars(cb)) and cb.pending for cb in learn.cbs)
     partial = any(p.grad is not None and bool(p.grad.any()) for p in learn.model.parameters())
     return waiting or partial or bool(batch) and any(isinstance(cb, Recorder) and cb.train_metrics for cb in learn.cbs)
 
+# %% ../../nbs/train/07_resume.ipynb #000001f0
 def _parts(learn):
     "Loaders and callbacks by name."
     cbs = learn.cbs.sorted('order')
     names = [f'{cb.name} {sum(o.name==cb.name for o in cbs[:i])}' for i,cb in enumerate(cbs)]
     return dict(zip([*(f'loader {i}' for i in range(len(learn.dls.loaders))), *names], [*learn.dls.loaders, *cbs]))
 
-# %% ../../nbs/train/07_resume.ipynb #00000168
 @patch
 def _save(self:ResumeCallback, batch):
     "Write the file, unless it is too early or something is half done; then another occasion will do."
@@ -232,6 +228,7 @@ def _save(self:ResumeCallback, batch):
     learn.save_grown(self.path, dict(fit=fit, states=states, zero=zero, rng=rng_state()))
     self._saved = now
 
+# %% ../../nbs/train/07_resume.ipynb #000001f1
 @patch
 def _go_on(self:ResumeCallback, found):
     "Put everything back."
