@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from .growth import Growth
 from ..core.measure import Offset
-from ..model.optim import _chains, _states, check_optimizer, optimizer_guard, rebind
+from ..model.optim import check_optimizer, optimizer_chains, optimizer_guard, optimizer_states, rebind
 from ..model.surgery import fit_to, surgery_guard
 from ..model.untouched import unwrapped
 
@@ -315,7 +315,7 @@ def _opt_facts(model, layers, where, tensors):
     hypers = [{k: v for k,v in h.items() if k not in ('params', 'param_names')} for h in _hypers(layers[-1])]
     return {'kinds': [_kind(o) for o in layers],
             'groups': [{'params': n, 'hypers': _pack(h, f'{where}/groups/{i}', tensors)} for i,(n,h) in enumerate(zip(names, hypers))],
-            'states': [_pack_dict(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(_states(layers))],
+            'states': [_pack_dict(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(optimizer_states(layers))],
             'slow': [_pack_dict(_slow_facts(o, names), f'{where}/slow', tensors) for o in layers if 'slow_weights' in vars(o)]}
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000003e
@@ -334,11 +334,11 @@ def _slow_facts(o, names):
 # %% ../../nbs/train/05_checkpoint.ipynb #00000041
 def _check_opt(path, model, opt, saved):
     "Raise a `ValueError` unless `saved` is the memory of an optimizer like `opt`"
-    if not _chains(opt):
+    if not optimizer_chains(opt):
         return
     if saved is None:
         raise ValueError(f'`{path}` holds no optimizer: pass opt=None and create one after loading')
-    chains = _chains(opt)
+    chains = optimizer_chains(opt)
     kinds, found = [[_kind(o) for o in c] for c in chains], [s['kinds'] for s in saved]
     if kinds != found:
         raise ValueError(f'`{path}` holds the memory of {_said(found)}, but `opt` is {_said(kinds)}: create the optimizer that was saved, or pass opt=None')
@@ -381,7 +381,7 @@ def _alike(old, new):
 def _check_memory(path, layers, s, held):
     "Raise unless the states and slow weights in `s` are as many as the optimizer has and belong to parameters it holds"
     slow = [o for o in layers if 'slow_weights' in vars(o)]
-    wrong = len(s['states']) != len(_states(layers)) or len(s['slow']) != len(slow)
+    wrong = len(s['states']) != len(optimizer_states(layers)) or len(s['slow']) != len(slow)
     wrong = wrong or any(not set(o) <= held for o in s['states']) or any(o['weights'] is not None and set(o['weights']) != held for o in s['slow'])
     if wrong:
         raise ValueError(f'`{path}` holds memory that does not belong to the parameters of `opt`: create the optimizer that was saved, or pass opt=None')
@@ -402,7 +402,7 @@ def _load_opt(model, layers, s):
     held = [(n, p, h) for ns,g,h in zip(names, inner.param_groups, _hypers(inner)) for n,p in zip(ns, g['params'])]
     for hypers,g in zip(_hypers(inner), s['groups']):
         hypers.update({k: v.to(hypers[k].device) if isinstance(v, Tensor) and isinstance(hypers.get(k), Tensor) else v for k,v in g['hypers'].items()})
-    for state,saved in zip(_states(layers), s['states']):
+    for state,saved in zip(optimizer_states(layers), s['states']):
         _load_state(state, saved, held)
     for o,saved in zip([o for o in layers if 'slow_weights' in vars(o)], s['slow']):
         for k in _lookahead:
@@ -527,7 +527,7 @@ def save_grown(
             raise ValueError(f'`{n}` in the state dict of the model is a {type(t).__name__}: only tensors can be saved; pass it as `extra`')
         _store(t, f'model/{n}', tensors)
     body = {'format': 1, 'model': _model_facts(model), 'history': _history_facts(history, tensors), 'extra': _pack(extra, 'extra', tensors),
-            'optimizer': None if opt is None else [_opt_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(_chains(opt))]}
+            'optimizer': None if opt is None else [_opt_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(optimizer_chains(opt))]}
     _write(path, _seal(body, tensors))
     return path
 
@@ -559,7 +559,7 @@ def load_grown(
         _widen(model, opt, tensors)
         _load_values(model, tensors)
         _load_facts(path, model, body['model'])
-        for layers,s in zip(_chains(opt), body['optimizer'] or ()):
+        for layers,s in zip(optimizer_chains(opt), body['optimizer'] or ()):
             _load_opt(model, layers, s)
             check_optimizer(layers[0], model, params=[p for g in layers[-1].param_groups for p in g['params']])
         return _checkpoint(path, body, tensors)
