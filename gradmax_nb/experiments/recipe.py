@@ -7,7 +7,7 @@ __all__ = ['Cosine', 'Drops', 'Growing', 'OwnWidth', 'Corner', 'Recipe', 'Conten
            'Eager', 'Compiled', 'CompileCallback', 'as_json', 'Setup', 'flat', 'differences', 'Course', 'wrn_recipe',
            'vgg_recipe', 'mobilenet_recipe', 'recipes']
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000003
+# %% ../../nbs/experiments/02_recipe.ipynb #0000008d
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -17,15 +17,15 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 from ..core.sites import find_sites
-from .zoo import mobilenet, vgg11, wide_resnet
-from ..methods import ActivationRMS, FixedLength, MeanNorm, methods_by_name
+from .zoo import mobilenet, target_widths, vgg11, wide_resnet
+from ..methods import FixedLength, MeanNorm, methods_by_name
 from ..model.surgery import load_corner
 from ..train.flops import step_flops
 from ..train.learner import KeepChannelsLast
 from ..train.plan import Plan, lengthened, plan_growth
 from ..train.schedules import AllSites, AtSteps, Named, Towards
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000007
+# %% ../../nbs/experiments/02_recipe.ipynb #00000091
 @dataclass(frozen=True)
 class Cosine:
     "Learning rate along half a cosine, to zero."
@@ -43,7 +43,7 @@ class Drops:
     def __call__(self, done:float)->float:
         return min(1., done/self.warmup)*self.factor**sum(done>=a for a in self.at)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000000a
+# %% ../../nbs/experiments/02_recipe.ipynb #00000094
 @dataclass(frozen=True)
 class Growing:
     "When and where a network grows, in parts of the training."
@@ -61,7 +61,7 @@ class Growing:
                 f"steps {steps[0]} to {steps[-1]}): train longer, for instance with more epochs or a smaller batch")
         return AtSteps(*steps)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000000e
+# %% ../../nbs/experiments/02_recipe.ipynb #00000098
 @dataclass(frozen=True)
 class OwnWidth:
     "The seed draws its weights for its own width, as in the paper."
@@ -80,7 +80,7 @@ class Corner:
         full = build(1.).state_dict()
         return load_corner(build(width), full)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000014
+# %% ../../nbs/experiments/02_recipe.ipynb #0000009e
 @dataclass(frozen=True)
 class Recipe:
     "How a network of one kind is trained."
@@ -109,7 +109,7 @@ class Recipe:
     @property
     def peak(self)->float: return self.lr*self.batch_size/128
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000017
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a1
 @dataclass(frozen=True)
 class Contender:
     "One way through the training."
@@ -121,11 +121,11 @@ def contenders(
     activation_scale:float=1. # Activation of new neurons, in multiples of the old ones', where it sets their lengths
 )->dict:                      # Name -> `Contender`
     "Everyone who can train, by name."
-    methods = methods_by_name(MeanNorm(.5) if length is None else length, ActivationRMS(activation_scale))
+    methods = methods_by_name(MeanNorm(.5) if length is None else length, activation_scale)
     fixed = {'Baseline-Small':Contender(), 'Baseline-Big':Contender(big=True)}
     return {**fixed, **{n:Contender(m) for n,m in methods.items()}}
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000001a
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a4
 @dataclass(frozen=True)
 class FullPrecision:
     "Everything in single precision."
@@ -152,7 +152,7 @@ class Compiled:
     mode:str=None          # inductor's mode: 'reduce-overhead' uses CUDA graphs
     def apply(self, learn): return learn.add_cb(CompileCallback(self))
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000001b
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a5
 class CompileCallback(Callback):
     "Trains the network through `torch.compile`, again after each growth."
     order = KeepChannelsLast.order+1
@@ -163,7 +163,7 @@ class CompileCallback(Callback):
         self.learn.model = torch.compile(model, backend=self.how.backend, mode=self.how.mode)
     def after_growth(self, records, batch): self.before_fit()
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000001d
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a7
 def as_json(
     o # A value, or dataclasses of values
 ):    # The same in dicts, lists, numbers and strings
@@ -178,7 +178,7 @@ def as_json(
         return {k:as_json(v) for k,v in o.items()}
     return o if o is None or isinstance(o,(bool,int,float,str)) else repr(o)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000001e
+# %% ../../nbs/experiments/02_recipe.ipynb #000000a8
 @dataclass(frozen=True)
 class Setup:
     "What is asked of one run."
@@ -202,7 +202,7 @@ class Setup:
         asked = as_json({f.name:getattr(self,f.name) for f in fields(self)})
         return json.loads(json.dumps({**asked, 'how':repr(self.contender.method), 'data':data.facts}))
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000020
+# %% ../../nbs/experiments/02_recipe.ipynb #000000aa
 def flat(
     d:dict,       # Perhaps with dicts inside
     prefix:str='' # Comes before each name
@@ -232,7 +232,7 @@ def differences(
     said = {k:[o.get(k,'missing') for o in (a,b)] for k in (*a,*b)}
     return [f"{k} is {there} there and {here} here" for k,(there,here) in said.items() if there!=here]
 
-# %% ../../nbs/experiments/02_recipe.ipynb #00000025
+# %% ../../nbs/experiments/02_recipe.ipynb #000000af
 @patch
 def network(self:Setup, data, width:float, device='cpu')->nn.Module:
     "The network at `width` times its full size, where it is to be trained."
@@ -250,16 +250,7 @@ def _only(where, names):
     "`where` for the sites `names` alone."
     return replace(where, of=Named(*names)) if hasattr(where,'of') else Named(*names)
 
-def _narrower(where, model, big, xb):
-    "The sites of `model` that are narrower than in `big`, and site name -> width there."
-    sites = where.among(find_sites(model, xb)[0])
-    full = {s.name:big.get_submodule(s.name).weight.shape[0] for s in sites}
-    sites = [s for s in sites if full[s.name]>s.width]
-    if not sites:
-        raise ValueError("nothing can grow: no layer of this network is narrower than at full width")
-    return sites,{s.name:full[s.name] for s in sites}
-
-# %% ../../nbs/experiments/02_recipe.ipynb #00000026
+# %% ../../nbs/experiments/02_recipe.ipynb #000000b0
 @dataclass(frozen=True)
 class Course:
     "How a run will go."
@@ -284,13 +275,18 @@ def course(self:Setup,
         big = self.network(data, 1., device)
     plan,budget,full,where,k = Plan(steps,step_flops(model,xb)),steps*step_flops(big,xb),{},None,None
     if self.contender.method is not None:
-        sites,full = _narrower(r.growing.where, model, big, torch.zeros(2,*data.shape,device=device))
+        x = torch.zeros(2,*data.shape,device=device)
+        full = target_widths(model, big, x)
+        sites = [s for s in r.growing.where.among(find_sites(model, x)[0]) if s.name in full]
+        if not sites:
+            raise ValueError("nothing can grow: no layer of this network is narrower than at full width")
+        full = {s.name:full[s.name] for s in sites}
         where,k = _only(r.growing.where,full),Towards(full,r.growing.times)
         plan = plan_growth(sites, xb, steps, r.growing.when(steps,sites), where, k)
     plan = lengthened(plan,budget) if self.equal_flops else plan
     return Course(plan, -(-plan.steps//data.steps(r.batch_size)), budget, full, where, k)
 
-# %% ../../nbs/experiments/02_recipe.ipynb #0000002d
+# %% ../../nbs/experiments/02_recipe.ipynb #000000b7
 def _build(network, width, classes, norm): return network(width, classes, nn.BatchNorm2d if norm else None)
 
 def wrn_recipe()->Recipe:

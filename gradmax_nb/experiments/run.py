@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Clock', 'versions', 'hardware', 'write_text', 'RunLog', 'learner_of', 'check_folder', 'run_folder', 'result_of',
-           'train', 'run']
+           'train_to_end', 'run']
 
-# %% ../../nbs/experiments/02_run.ipynb #0000003c
+# %% ../../nbs/experiments/02_run.ipynb #000001d9
 import importlib.metadata
 import json
 import os
@@ -28,27 +28,25 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch
 from .. import __version__
 from .recipe import Course, Setup, differences
-from ..methods import Firefly
 from ..train.callback import GrowthCallback, YoungRatesCallback
 from ..train.checkpoint import save_grown
-from ..train.checks import GrowthCheck
-from ..train.flops import FlopsCallback
+from ..train.watching import GrowthCheck
 from ..train.learner import Diverged, ExactSchedule, KeepChannelsLast, LeanLearner, StepLosses
 from ..train.loaders import EachEpoch, stream
 from ..train.resume import ResumeCallback
+from ..train.watching import FlopsCallback
 
-# %% ../../nbs/experiments/02_run.ipynb #00000040
+# %% ../../nbs/experiments/02_run.ipynb #000001dd
 class Clock(Callback):
     "Seconds of training, growing, checking and testing, by the wall clock and by the processor's."
     order,remove_on_fetch = -90,True # first before a growth and last after it
-    seconds,cpu_seconds = None,None
+    def __init__(self):
+        self.seconds,self.cpu_seconds = (dict(train=0., growth=0., check=0., test=0.) for _ in range(2))
     def lap(self, name:str=None):
         "Book the time since the last lap under `name`; None just starts the clock."
         if next(self.learn.model.parameters()).is_cuda:
             torch.cuda.synchronize()
         now = time.perf_counter(),time.process_time()
-        if self.seconds is None:
-            self.seconds,self.cpu_seconds = (dict(train=0., growth=0., check=0., test=0.) for _ in range(2))
         for book,a,b in zip((self.seconds,self.cpu_seconds),self._last if name else (),now):
             book[name] += b-a
         self._last = now
@@ -60,7 +58,7 @@ class Clock(Callback):
     def state_dict(self)->dict: return dict(seconds=dict(self.seconds), cpu_seconds=dict(self.cpu_seconds))
     def load_state_dict(self, state): self.seconds,self.cpu_seconds = state['seconds'],state['cpu_seconds']
 
-# %% ../../nbs/experiments/02_run.ipynb #00000041
+# %% ../../nbs/experiments/02_run.ipynb #000001de
 def versions(
     *extra:str # Names of further installed distributions, such as 'scikit-learn'
 )->dict:       # Name -> version, dashes in names replaced by underscores
@@ -84,7 +82,7 @@ def hardware(
     processor = (named or [platform.processor() or platform.machine()])[0]
     return dict(processor=processor, cores=os.cpu_count(), system=platform.system(), device=name)
 
-# %% ../../nbs/experiments/02_run.ipynb #00000045
+# %% ../../nbs/experiments/02_run.ipynb #000001e2
 def write_text(
     path,     # Where to; missing folders are made
     text:str  # What
@@ -99,10 +97,10 @@ def write_text(
     finally:
         new.unlink(missing_ok=True)
 
-# %% ../../nbs/experiments/02_run.ipynb #00000049
+# %% ../../nbs/experiments/02_run.ipynb #000001e6
 class RunLog(Callback):
     "A row for every epoch and every growth of a run; written to `path` after each epoch, if there is one."
-    order,run_valid,remove_on_fetch = GrowthCallback.order-.4,False,True # next to the growth, whose time it takes
+    order,run_valid,remove_on_fetch = GrowthCallback.order-.6,False,True # inside the checks, around the FLOPs
     def __init__(self,
         setup:Setup,  # What was asked
         course:Course # What will come
@@ -112,10 +110,16 @@ class RunLog(Callback):
     def state_dict(self)->dict: return json.loads(json.dumps(self.rows))
     def load_state_dict(self, state): self.rows = state
     def write(self):
+        "Put the checks that are finished into the rows of their growths, and write all."
+        check = getattr(self.learn, 'growth_check', None)
+        found = {(c['step'],c['site']):c for c in (check.rows if check else [])}
+        for e in self.rows['growth']:
+            e['sites'] = [{**s, **found.get((e['step'],s['site']),{})} for s in e['sites']]
+            e['checked'] = all('fires' in s for s in e['sites'])
         if self.path is not None:
             write_text(self.path, json.dumps(self.rows)+'\n')
 
-# %% ../../nbs/experiments/02_run.ipynb #0000004a
+# %% ../../nbs/experiments/02_run.ipynb #000001e7
 @patch
 def before_train(self:RunLog):
     "Note once who is at work."
@@ -138,7 +142,7 @@ def after_growth(self:RunLog, records, batch):
     spent = dict(seconds=round(self.learn.clock.seconds['growth']-seconds,4), flops=self.learn.flops.of_growth-flops)
     self.rows['growth'].append(dict(event=len(self.rows['growth']), step=self.learn.train_iter, **spent, sites=rows))
 
-# %% ../../nbs/experiments/02_run.ipynb #0000004b
+# %% ../../nbs/experiments/02_run.ipynb #000001e8
 @patch
 def after_epoch(self:RunLog):
     "The row of an epoch, or of the last part of one."
@@ -155,7 +159,7 @@ def widths(self:RunLog)->list:
     "Present widths of the sites that grow."
     return [self.learn.model.get_submodule(n).weight.shape[0] for n in self.course.full]
 
-# %% ../../nbs/experiments/02_run.ipynb #0000004d
+# %% ../../nbs/experiments/02_run.ipynb #000001ea
 def _growing(setup, course, data):
     "The callbacks of a network that grows."
     r,method = setup.recipe,setup.contender.method
@@ -165,10 +169,10 @@ def _growing(setup, course, data):
         event = learn.growth_callback.state['events']
         return data.growth(r.growth_batch, stream(setup.seed,'growth',event))
     grows = GrowthCallback(method, course.when, course.where, course.k, batch=batch)
-    check = GrowthCheck(exact=not isinstance(method,Firefly), every=setup.check_every)
+    check = GrowthCheck(setup.check_every, len(course.plan.events))
     return [grows, check, *([] if r.young is None else [YoungRatesCallback(r.young)])]
 
-# %% ../../nbs/experiments/02_run.ipynb #0000004e
+# %% ../../nbs/experiments/02_run.ipynb #000001eb
 def learner_of(
     setup:Setup,    # What is asked
     data,           # Pictures: `Patterns()` or what `load_images` gives
@@ -190,7 +194,7 @@ def learner_of(
     learn.logger = noop
     return setup.engine.apply(setup.precision.apply(learn.remove_cb(ProgressCallback)))
 
-# %% ../../nbs/experiments/02_run.ipynb #00000052
+# %% ../../nbs/experiments/02_run.ipynb #000001ef
 _files = 'config.json','log.json','result.json','checkpoint.safetensors','model.safetensors'
 _half = re.compile(rf"\.({'|'.join(map(re.escape,_files))})\.[0-9a-f]{{8}}") # what a killed process leaves of a file
 
@@ -213,7 +217,7 @@ def check_folder(
     if wrong:
         raise ValueError(f"{folder} holds another run: {'; '.join(wrong)}. Ask for the same, or choose another folder")
 
-# %% ../../nbs/experiments/02_run.ipynb #00000053
+# %% ../../nbs/experiments/02_run.ipynb #000001f0
 @contextmanager
 def run_folder(
     folder:Path, # Of a run, perhaps not there yet
@@ -236,7 +240,7 @@ def run_folder(
         write_text(folder/'config.json', json.dumps(config,indent=1)+'\n')
         yield
 
-# %% ../../nbs/experiments/02_run.ipynb #00000054
+# %% ../../nbs/experiments/02_run.ipynb #000001f1
 def result_of(
     folder # Of a run
 )->dict:   # Or None if it is not finished
@@ -247,19 +251,23 @@ def result_of(
 @patch
 def result(self:RunLog)->dict:
     "What is kept of a finished run: plain numbers."
-    learn,last,budget = self.learn,self.rows['epochs'][-1],self.course.budget
-    check = getattr(learn, 'growth_check', None)
-    sites = [] if check is None else check.rows
-    spent = {n:{k:round(v,2) for k,v in getattr(learn.clock,n).items()} for n in ('seconds','cpu_seconds')}
+    self.write()
+    learn,last,events = self.learn,self.rows['epochs'][-1],self.rows['growth']
+    flops,grown = learn.flops,[e for e in events if e['checked']]
+    sites = [s for e in grown for s in e['sites']]
     def most(key): return max([s[key] for s in sites], default=None)
-    return dict(method=self.setup.method, seed=self.setup.seed, accuracy=last['accuracy'], test_loss=last['test_loss'],
-        train_loss=last['train_loss'], steps=last['step'], parameters=sum(p.numel() for p in learn.model.parameters()),
-        flops=learn.flops.total, relative_flops=learn.flops.total/budget, growth_flops=learn.flops.of_growth, **spent,
-        events=len(self.rows['growth']), checked=len({s['step'] for s in sites}), change=most('change'),
-        error=most('error'), moved=sum(s['moved'] for s in sites), fires=sum(s['fires'] for s in sites))
+    def total(key): return sum(s[key] for s in sites)
+    return dict(method=self.setup.method, seed=self.setup.seed, steps=last['step'],
+        **{k:last[k] for k in ('accuracy','test_loss','train_loss')},
+        parameters=sum(p.numel() for p in learn.model.parameters()), flops=flops.total,
+        relative_flops=flops.total/self.course.budget, growth_flops=flops.of_growth,
+        check_flops=learn.growth_check.flops if sites else 0,
+        **{n:{k:round(v,2) for k,v in getattr(learn.clock,n).items()} for n in ('seconds','cpu_seconds')},
+        events=len(events), checked=len(grown), change=most('change'), error=most('error'),
+        new_neurons=total('new_width')-total('old_width'), moved=total('moved'), fires=total('fires'))
 
-# %% ../../nbs/experiments/02_run.ipynb #00000055
-def train(
+# %% ../../nbs/experiments/02_run.ipynb #000001f2
+def train_to_end(
     learn:Learner,   # From `learner_of`
     folder:Path=None,# Where log, checkpoint and result go; None keeps nothing
     save_seconds:float=60. # Longest time between two checkpoints
@@ -271,9 +279,10 @@ def train(
     try:
         learn.fit(log.course.epochs, cbs=resume)
     except Diverged as e:
-        log.rows['diverged'] = dict(step=learn.train_iter, why=str(e))
+        why = str(e).rpartition(':\n\t')[2] # without what fastai puts in front of an exception of a callback
+        log.rows['diverged'] = dict(step=learn.train_iter, why=why)
         log.write()
-        raise Diverged(f"{log.setup.method}, seed {log.setup.seed}: {e}") from None
+        raise Diverged(f"{log.setup.method}, seed {log.setup.seed}: {why}") from None
     result = log.result()
     if folder is not None:
         save_grown(folder/'model.safetensors', learn.model)
@@ -290,10 +299,10 @@ def run(
 )->dict:             # The result
     "One run: from its start, from where it was stopped, or just its result if it is finished."
     if folder is None:
-        return train(learner_of(setup, data, device, cbs))
+        return train_to_end(learner_of(setup, data, device, cbs))
     folder,config = Path(folder).expanduser(),setup.config(data)
     check_folder(folder, config)
     if done := result_of(folder):
         return done
     with run_folder(folder, config):
-        return train(learner_of(setup, data, device, cbs), folder, save_seconds)
+        return train_to_end(learner_of(setup, data, device, cbs), folder, save_seconds)

@@ -19,7 +19,8 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.torch_core import get_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ..train.callback import GrowthCallback, TrainBatches, _grow, _log
+from ..train.batches import TrainBatches, growth_log
+from ..train.callback import GrowthCallback
 from ..train.growth import count_flops
 from ..methods import BoundMax, GradMax, MirrorGradMax, RandomGrowth
 from ..train.schedules import AllSites, Named, neurons
@@ -39,7 +40,7 @@ class _ByHand(GrowthCallback):
         self.tell = tell # called with a message for people
 
     @property
-    def _record(self): return _log(self.learn) # whatever log another callback of the fit has brought along
+    def _record(self): return growth_log(self.learn) # whatever log another callback of the fit has brought along
     @_record.setter
     def _record(self, log): pass
     def _connect(self): pass
@@ -56,12 +57,11 @@ def _event(self:_ByHand):
         try:
             site, = Named(name).among(self._found, ())
             n = neurons(self.k if k is None else k, name, self._record.seed(site))
-            rec, = _grow(self.learn, [site], [n], self.method, self.batch, self.learn.epoch)
+            rec = self.learn.grow(site, n, self.method, self.batch)
         except (ValueError,RuntimeError) as e:
             self.tell(f'not grown: {e}')
         else:
             self.tell(f'grown by hand: {name}, {rec.old_width} to {rec.new_width}')
-            self._forget_best()
 
 # %% ../../nbs/show/02_dashboard.ipynb #00000010
 class _Curve:
@@ -311,7 +311,7 @@ def before_batch(self:GrowthDashboard):
     "Count a forward pass if the network has changed."
     if not (self.on and self.training):
         return
-    rows = len(_log(self.learn).rows)
+    rows = len(growth_log(self.learn).rows)
     if self._counted==rows:
         return
     with self.ledger.entry():
@@ -322,7 +322,7 @@ def before_batch(self:GrowthDashboard):
 @patch
 def _record(self:GrowthDashboard):
     "Book one training step."
-    log,learn = _log(self.learn),self.learn
+    log,learn = growth_log(self.learn),self.learn
     if not self.spent:
         self.spent,self.seeds = [(log.steps-1,0.)]*2,{s.name:log.seed(s) for s in self.hand._found}
     self.curve.add(float(learn.smooth_loss))
@@ -334,7 +334,7 @@ def _record(self:GrowthDashboard):
 @patch
 def _grown(self:GrowthDashboard):
     "True once after each growth, whoever asked for it."
-    rows,known = len(_log(self.learn).rows),self._known
+    rows,known = len(growth_log(self.learn).rows),self._known
     self._known = rows
     return rows!=known
 
@@ -343,21 +343,21 @@ def _grown(self:GrowthDashboard):
 def figure(self:GrowthDashboard)->Figure:
     "The present state on one sheet, for looking at it later or elsewhere."
     start = self.spent[0][0] if self.spent else 0
-    return plot_dashboard(_log(self.learn).rows, self.curve.values, self.spent, self.planned, start, self.curve.every, self.seeds)
+    return plot_dashboard(growth_log(self.learn).rows, self.curve.values, self.spent, self.planned, start, self.curve.every, self.seeds)
 
 def _loss_picture(dash):
     "The curve of the loss, for the live view."
     figure = Figure(figsize=(9,2.4), dpi=80)
     ax = figure.add_axes((.09,.2,.895,.68))
     start = dash.spent[0][0] if dash.spent else 0
-    plot_growth(_log(dash.learn).rows, dash.curve.values, start=start, every=dash.curve.every, title='Training loss', ax=ax)
+    plot_growth(growth_log(dash.learn).rows, dash.curve.values, start=start, every=dash.curve.every, title='Training loss', ax=ax)
     return _png(figure)
 
 # %% ../../nbs/show/02_dashboard.ipynb #00000029
 def _rest_picture(dash):
     "What changes only with a growth, for the live view."
     figure = Figure(figsize=(9,2.4), dpi=80)
-    rows,axs = _log(dash.learn).rows,figure.subplots(1, 3, gridspec_kw=dict(left=.06, right=.985, bottom=.2, top=.88, wspace=.32))
+    rows,axs = growth_log(dash.learn).rows,figure.subplots(1, 3, gridspec_kw=dict(left=.06, right=.985, bottom=.2, top=.88, wspace=.32))
     plot_widths(rows, steps=dash.spent[-1][0] if dash.spent else None, widths=dash.seeds, ax=axs[0])
     plot_spectrum(_spectra_of_last(rows), title='Singular values, last growth', ax=axs[1])
     plot_budget(dash.spent, dash.planned, title='Compute, up to the last growth', ax=axs[2])
@@ -401,7 +401,7 @@ def _tick(self:GrowthDashboard):
 def _state(dash):
     "The present state in numbers."
     loss = f'{dash.curve.values[-1]:.4g}' if dash.curve.values else 'not known yet'
-    return dict(step=_log(dash.learn).steps, loss=loss, widths={s.name:s.width for s in dash.hand._found or ()}, paused=dash.paused,
+    return dict(step=growth_log(dash.learn).steps, loss=loss, widths={s.name:s.width for s in dash.hand._found or ()}, paused=dash.paused,
                 message=dash.message, part=min(1., dash.spent[-1][1]/dash.planned) if dash.planned else 0.)
 
 @patch

@@ -110,7 +110,7 @@ def _check_groups(path, model, layers, s):
         raise ValueError(f'the parameter groups of `opt` are not those in `{path}`: {_difference(now, found)}; '
                          'create the optimizer with the groups that were saved, or pass opt=None')
     for hypers,g in zip(_hypers(layers[-1]), s['groups']):
-        def impossible(k, v): return k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)
+        def impossible(k, v, hypers=hypers): return k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)
         bad = [k for k,v in g['hypers'].items() if impossible(k, v)]
         if bad:
             raise ValueError(f'`{path}` holds an impossible value for the hyper-parameter `{printable(bad[0])}` '
@@ -162,7 +162,7 @@ def _load_chain(model, layers, s):
     names, inner = _group_names(model, layers), layers[-1]
     held = [(n, p, h) for ns,g,h in zip(names, inner.param_groups, _hypers(inner)) for n,p in zip(ns, g['params'])]
     for hypers,g in zip(_hypers(inner), s['groups']):
-        def placed(k, v):
+        def placed(k, v, hypers=hypers):
             both = isinstance(v, Tensor) and isinstance(hypers.get(k), Tensor)
             return v.to(hypers[k].device) if both else v
         hypers.update({k: placed(k, v) for k,v in g['hypers'].items()})
