@@ -8,7 +8,7 @@ __all__ = ['memory_form', 'pack_memory', 'check_memory', 'load_memory']
 # %% ../../nbs/train/04b_memory.ipynb #00000049
 import torch
 from torch import Tensor, nn
-from ..model.optim import _chains, _states, check_optimizer
+from ..model.optim import check_optimizer, optimizer_chains, optimizer_states
 from .packing import pack, printable
 
 # %% ../../nbs/train/04b_memory.ipynb #0000004f
@@ -47,7 +47,7 @@ def _chain_facts(model, layers, where, tensors):
     hypers = [{k: v for k,v in h.items() if k not in ('params', 'param_names')} for h in _hypers(layers[-1])]
     hypers = [pack(h, f'{where}/groups/{i}', tensors) for i,h in enumerate(hypers)]
     groups = [{'params': n, 'hypers': h} for n,h in zip(names, hypers)]
-    states = [pack(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(_states(layers))]
+    states = [pack(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(optimizer_states(layers))]
     slow = [pack(_slow_facts(o, names), f'{where}/slow', tensors) for o in layers if 'slow_weights' in vars(o)]
     return {'kinds': [_kind(o) for o in layers], 'groups': groups, 'states': states, 'slow': slow}
 
@@ -57,7 +57,9 @@ def pack_memory(
     tensors:dict     # The tensors are put in here
 ):                   # What JSON can hold
     "Everything an optimizer remembers, by the names of the model's parameters."
-    return None if opt is None else [_chain_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(_chains(opt))]
+    if opt is None:
+        return None
+    return [_chain_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(optimizer_chains(opt))]
 
 # %% ../../nbs/train/04b_memory.ipynb #00000053
 def _by_name(model, state):
@@ -87,11 +89,11 @@ def check_memory(
     saved            # What `pack_memory` gave, perhaps from a stranger's file
 ):
     "Raise a `ValueError` unless `saved` is the memory of an optimizer like `opt`."
-    if not _chains(opt):
+    if not optimizer_chains(opt):
         return
     if saved is None:
         raise ValueError(f'`{path}` holds no optimizer: pass opt=None and create one after loading')
-    chains = _chains(opt)
+    chains = optimizer_chains(opt)
     kinds, found = [[_kind(o) for o in c] for c in chains], [s['kinds'] for s in saved]
     if kinds != found:
         raise ValueError(f'`{path}` holds the memory of {_said(found)}, but `opt` is {_said(kinds)}: '
@@ -110,7 +112,8 @@ def _check_groups(path, model, layers, s):
         raise ValueError(f'the parameter groups of `opt` are not those in `{path}`: {_difference(now, found)}; '
                          'create the optimizer with the groups that were saved, or pass opt=None')
     for hypers,g in zip(_hypers(layers[-1]), s['groups']):
-        def impossible(k, v, hypers=hypers): return k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)
+        def impossible(k, v, hypers=hypers):
+            return k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)
         bad = [k for k,v in g['hypers'].items() if impossible(k, v)]
         if bad:
             raise ValueError(f'`{path}` holds an impossible value for the hyper-parameter `{printable(bad[0])}` '
@@ -140,7 +143,7 @@ def _alike(old, new):
 def _check_states(path, layers, s, held):
     "Raise unless the states and slow weights in `s` are as many as the optimizer has and belong to parameters it holds"
     slow = [o for o in layers if 'slow_weights' in vars(o)]
-    wrong = len(s['states']) != len(_states(layers)) or len(s['slow']) != len(slow)
+    wrong = len(s['states']) != len(optimizer_states(layers)) or len(s['slow']) != len(slow)
     wrong = wrong or any(not set(o) <= held for o in s['states'])
     wrong = wrong or any(o['weights'] is not None and set(o['weights']) != held for o in s['slow'])
     if wrong:
@@ -166,7 +169,7 @@ def _load_chain(model, layers, s):
             both = isinstance(v, Tensor) and isinstance(hypers.get(k), Tensor)
             return v.to(hypers[k].device) if both else v
         hypers.update({k: placed(k, v) for k,v in g['hypers'].items()})
-    for state,saved in zip(_states(layers), s['states']):
+    for state,saved in zip(optimizer_states(layers), s['states']):
         _load_state(state, saved, held)
     for o,saved in zip([o for o in layers if 'slow_weights' in vars(o)], s['slow']):
         for k in _lookahead:
@@ -199,6 +202,6 @@ def load_memory(
     saved            # What `pack_memory` gave; checked by `check_memory`
 ):
     "Give an optimizer the memory of another one."
-    for layers,s in zip(_chains(opt), saved or ()):
+    for layers,s in zip(optimizer_chains(opt), saved or ()):
         _load_chain(model, layers, s)
         check_optimizer(layers[0], model, params=[p for g in layers[-1].param_groups for p in g['params']])
