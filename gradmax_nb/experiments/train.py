@@ -24,7 +24,7 @@ from .data import Patterns, load_images
 from .recipe import Autocast, Compiled, Corner, Eager, FullPrecision, Setup, contenders, recipes
 from .report import collect, runs_of, table
 from .run import check_folder, result_of, run
-from .sweep import Unfinished, sweep
+from ..train.sweep import Unfinished, sweep
 from ..methods import FixedLength
 from ..train.packing import write_atomically
 from ..train.rates import Times
