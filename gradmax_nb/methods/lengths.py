@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MeanNorm', 'FixedLength', 'SigmaWeighted', 'ActivationRMS', 'block_curvature', 'CurvatureBudget']
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000141
+# %% ../../nbs/methods/01_lengths.ipynb #00000183
 import math
 from dataclasses import dataclass, field
 import torch
 from ..core.measure import Measurement, Side, activity, existing_rms, input_samples
 from .proposal import LengthRule, Proposal, generator_of, loss_of
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000014e
+# %% ../../nbs/methods/01_lengths.ipynb #00000190
 def _check_positive(rule, name):
     value = getattr(rule, name)
     if value is not None and not value>0:
@@ -33,7 +33,7 @@ class MeanNorm:
                              "mean length is no length for new ones; use FixedLength, or train a step first")
         return torch.full_like(sigma, self.scale*mean)
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000014f
+# %% ../../nbs/methods/01_lengths.ipynb #00000191
 @dataclass
 class FixedLength:
     "Every new vector has the same given length."
@@ -43,7 +43,7 @@ class FixedLength:
 
     def __call__(self, m, directions, sigma, side): return torch.full_like(sigma, self.length)
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000154
+# %% ../../nbs/methods/01_lengths.ipynb #00000196
 @dataclass
 class SigmaWeighted:
     "Lengths in proportion to the singular values, with the same total budget as `base`."
@@ -52,7 +52,7 @@ class SigmaWeighted:
     def __call__(self, m, directions, sigma, side):
         return sigma/sigma.norm()*self.base(m,directions,sigma,side).norm()
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000015b
+# %% ../../nbs/methods/01_lengths.ipynb #0000019d
 def _solve(
     value,              # `lengths -> (k,)`, positive
     wanted,             # What it should be
@@ -76,22 +76,26 @@ def _solve(
 
 def _off(now, wanted): return (wanted/now).log().abs()>.01
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000015e
+# %% ../../nbs/methods/01_lengths.ipynb #000001a0
 def _reach(
     rms,                 # `lengths -> (k,)`: the activations
     wanted:torch.Tensor, # What they should be
     start:torch.Tensor   # Lengths to begin with, all equal, `(k,)`
 )->torch.Tensor:         # `(k,)`
     "Lengths at which the activation is the wanted one, where it responds to the length."
+    now = rms(start)
+    moving = (now>0) & _off(now, wanted)
+    if not moving.any():
+        return start
     probe = torch.full_like(start, 2.**(math.floor(math.log2(start[0]))-1))
-    now,other = rms(start),rms(probe)
+    other = rms(probe)
     power = ((now/other).log()/(start/probe).log()).nan_to_num(0.)
-    moving = (power>.1) & _off(now, wanted)
+    moving = moving & (power>.1)
     if ((power-1).abs()<1e-3)[moving].all():
         return torch.where(moving, probe*(wanted/other), start)
     return _solve(rms, wanted, start, now, power)
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000162
+# %% ../../nbs/methods/01_lengths.ipynb #000001a4
 def _wanted_rms(m, scale, floor, size):
     "Activation that new neurons should have; `size` is the mean length of the existing ones' incoming weights."
     existing = scale*existing_rms(m)
@@ -99,7 +103,7 @@ def _wanted_rms(m, scale, floor, size):
         return torch.full_like(size, existing)
     return (floor*size*input_samples(m).square().sum(0).mean().sqrt()).clamp_min(existing)
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000163
+# %% ../../nbs/methods/01_lengths.ipynb #000001a5
 @dataclass
 class ActivationRMS:
     "Activations as large (root mean square) as the existing ones on average; `MeanNorm` where length changes nothing."
@@ -124,7 +128,7 @@ class ActivationRMS:
         rms = lambda lengths: activity(m, directions*lengths[:,None]).rms
         return _reach(rms, wanted, start).minimum(self.limit*start)
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000016f
+# %% ../../nbs/methods/01_lengths.ipynb #000001b1
 def _top_eigenvalue(apply, v, iters):
     "Largest eigenvalue of a symmetric operator seen from `iters` Lanczos steps: from below, and 0 if none is positive."
     Q,HQ = v.new_zeros(0,v.numel()),v.new_zeros(0,v.numel())
@@ -140,7 +144,7 @@ def _top_eigenvalue(apply, v, iters):
     T = Q@HQ.T
     return torch.linalg.eigvalsh((T+T.T)/2)[-1].clamp_min(0).item() if len(Q) else 0.
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000171
+# %% ../../nbs/methods/01_lengths.ipynb #000001b3
 def block_curvature(
     m:Measurement, # Site
     p:Proposal,    # New neurons
@@ -156,7 +160,7 @@ def _hessian_times(g, w, v):
     "Hessian times `v`, with `g` the gradient at `w`; zero where the loss is linear."
     return torch.autograd.grad(g, w, v, retain_graph=True)[0] if g.requires_grad else torch.zeros_like(w)
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000175
+# %% ../../nbs/methods/01_lengths.ipynb #000001b7
 def _curvature_at(m, w, side):
     "Curvature in the side at zero when the other one is `w`."
     if side is Side.INCOMING:
@@ -165,7 +169,7 @@ def _curvature_at(m, w, side):
         incoming,outgoing,zero = w.new_zeros(len(w),m.rows),w,Side.INCOMING
     return block_curvature(m, Proposal(incoming, outgoing, w.norm(dim=1), 0., zero))
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000177
+# %% ../../nbs/methods/01_lengths.ipynb #000001b9
 @dataclass
 class CurvatureBudget:
     "The lengths of `base`, shortened together until learning rate times curvature is at most `fraction`."
