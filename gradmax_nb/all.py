@@ -9,7 +9,13 @@ from .methods import *
 from .train.growth import *
 from .train.schedules import *
 from .train.flops import *
+from .train.batches import *
+from .train.by_hand import *
 from .train.callback import *
+from .train.watching import *
+from .train.young_rates import *
 from .train.checkpoint import *
+from .train.resume import *
+from .train.learner import *
 from .show.figures import *
 from .show.dashboard import *

@@ -32,7 +32,8 @@ def _names(args, recipe):
     names = list(dict.fromkeys(n.strip() for n in args.methods.split(',') if n.strip()))
     wrong = [n for n in names if n not in known]
     if wrong or not names:
-        raise ValueError(f"--methods {args.methods}: {'nothing was named' if not names else 'unknown '+', '.join(wrong)}; choose from {', '.join(known)}")
+        problem = 'nothing was named' if not names else f"unknown {', '.join(wrong)}"
+        raise ValueError(f"--methods {args.methods}: {problem}; choose from {', '.join(known)}")
     return names
 
 # %% ../nbs/09_cli.ipynb #00000006
@@ -55,7 +56,8 @@ def _demo(args):
     from gradmax_nb.experiments.demo import run_demo, table_text, verdict, write_report
     c = _comparison(args)
     c.out.mkdir(parents=True, exist_ok=True)
-    print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on", flush=True)
+    print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on",
+          flush=True)
     results,finished = run_demo(c, fresh=args.fresh, threads=args.threads)
     print('\n'+table_text(results['summary'])+'\n')
     for line in verdict(results['runs']):
@@ -64,7 +66,8 @@ def _demo(args):
         print(path)
     if finished:
         return 0
-    print(f"\nStopped: {len(results['runs'])} runs are finished and kept. The same command goes on from here.", file=sys.stderr)
+    print(f"\nStopped: {len(results['runs'])} runs are finished and kept. The same command goes on from here.",
+          file=sys.stderr)
     return 130
 
 # %% ../nbs/09_cli.ipynb #00000009
@@ -131,8 +134,10 @@ def _whole(text):
 
 # %% ../nbs/09_cli.ipynb #0000000f
 def _add_demo(commands):
-    p = _command(commands, 'demo', _demo, 'grow a small convolutional network on real pictures, beside networks of fixed width', 'gradmax demo --seeds 5 --out mine')
-    p.add_argument('--out', default='gradmax-demo', metavar='FOLDER', help='where figure, report, results and checkpoints go (%(default)s)')
+    p = _command(commands, 'demo', _demo, 'grow a small convolutional network on real pictures, beside networks of '
+                 'fixed width', 'gradmax demo --seeds 5 --out mine')
+    p.add_argument('--out', default='gradmax-demo', metavar='FOLDER',
+                   help='where figure, report, results and checkpoints go (%(default)s)')
     p.add_argument('--seeds', type=_whole, metavar='N', help='number of seeds (8; 3 with --data)')
     p.add_argument('--steps', type=_whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
     p.add_argument('--lr', type=float, metavar='X', help='learning rate at the start (0.02)')
@@ -141,10 +146,14 @@ def _add_demo(commands):
     p.add_argument('--quick', action='store_true', help='a few seconds of training: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse finished runs found in the output folder')
     g = p.add_argument_group('your own pictures')
-    g.add_argument('--data', metavar='FOLDER', help='folder with train/CLASS/ and valid/CLASS/ (or val/, test/); without it: handwritten digits')
-    g.add_argument('--size', type=_whole, default=32, metavar='N', help='height and width the pictures are brought to (%(default)s)')
-    g.add_argument('--train-limit', type=_whole, default=15000, metavar='N', help='largest number of training pictures (%(default)s)')
-    g.add_argument('--test-limit', type=_whole, default=4000, metavar='N', help='largest number of test pictures (%(default)s)')
+    g.add_argument('--data', metavar='FOLDER',
+                   help='folder with train/CLASS/ and valid/CLASS/ (or val/, test/); without it: handwritten digits')
+    g.add_argument('--size', type=_whole, default=32, metavar='N',
+                   help='height and width the pictures are brought to (%(default)s)')
+    g.add_argument('--train-limit', type=_whole, default=15000, metavar='N',
+                   help='largest number of training pictures (%(default)s)')
+    g.add_argument('--test-limit', type=_whole, default=4000, metavar='N',
+                   help='largest number of test pictures (%(default)s)')
 
 # %% ../nbs/09_cli.ipynb #000000f1
 def _experiment(commands, argv, name, module, stem, about, example):
@@ -157,19 +166,31 @@ def _experiment(commands, argv, name, module, stem, about, example):
     p.set_defaults(run=getattr(experiment, f'{stem}_command'))
 
 # %% ../nbs/09_cli.ipynb #00000010
+def _add_looks(commands):
+    "The commands that look into a model or a file."
+    s = _command(commands, 'sites', _sites, 'list where a model can grow, and why it cannot elsewhere',
+                 'gradmax sites torchvision.models:resnet18 --size 64')
+    s.add_argument('model', help='MODULE:FUNCTION that builds the model')
+    s.add_argument('--size', type=_whole, default=224, metavar='N',
+                   help='its input is a colour picture of N×N pixels (%(default)s)')
+    s.add_argument('--shape', metavar='A,B,...', help='shape of one input of another kind, for instance 1,28,28')
+    k = _command(commands, 'peek', _peek, 'show what is in a grown checkpoint, without a model',
+                 'gradmax peek gradmax-demo/models/BoundMax.safetensors')
+    k.add_argument('file', help='written by save_grown or the demo')
+
+# %% ../nbs/09_cli.ipynb #000000fb
 def _parser(argv=()):
-    p = argparse.ArgumentParser(prog='gradmax', description='Grow neural networks while they train.', epilog='example: gradmax demo')
+    p = argparse.ArgumentParser(prog='gradmax', description='Grow neural networks while they train.',
+                                epilog='example: gradmax demo')
     p.add_argument('--version', action='version', version=f'gradmax_nb {__version__}')
     commands = p.add_subparsers(required=True, metavar='COMMAND')
     _add_demo(commands)
-    _experiment(commands, argv, 'teacher-student', 'teacher_student', 'study', 'imitate random teachers: all methods, many seeds', 'gradmax teacher-student --quick')
-    _experiment(commands, argv, 'train', 'train', 'train', 'train a Wide-ResNet, VGG or MobileNet that grows, on a folder of pictures', 'gradmax train wrn --data cifar10 --epochs 10 --out runs/0')
-    s = _command(commands, 'sites', _sites, 'list where a model can grow, and why it cannot elsewhere', 'gradmax sites torchvision.models:resnet18 --size 64')
-    s.add_argument('model', help='MODULE:FUNCTION that builds the model')
-    s.add_argument('--size', type=_whole, default=224, metavar='N', help='its input is a colour picture of N×N pixels (%(default)s)')
-    s.add_argument('--shape', metavar='A,B,...', help='shape of one input of another kind, for instance 1,28,28')
-    k = _command(commands, 'peek', _peek, 'show what is in a grown checkpoint, without a model', 'gradmax peek gradmax-demo/models/BoundMax.safetensors')
-    k.add_argument('file', help='written by save_grown or the demo')
+    _experiment(commands, argv, 'teacher-student', 'student_teacher', 'study',
+                'imitate random teachers: all methods, many seeds', 'gradmax teacher-student --quick')
+    _experiment(commands, argv, 'train', 'train', 'train',
+                'train a Wide-ResNet, VGG or MobileNet that grows, on a folder of pictures',
+                'gradmax train wrn --data cifar10 --epochs 10 --out runs/0')
+    _add_looks(commands)
     return p
 
 # %% ../nbs/09_cli.ipynb #00000011

@@ -81,27 +81,31 @@ def growth_matrix(
 )->Tensor: # M, (d_in, d_out): the new incoming weights get the gradient `(M @ w_out).T`
     "Growth matrix of a fully connected site"
     if x.shape[:-1] != delta.shape[:-1] or x.numel() == 0:
-        raise ValueError(f'the input has shape {tuple(x.shape)}, the output gradient {tuple(delta.shape)}: give both for the same samples, at least one')
+        raise ValueError(f'the input has shape {tuple(x.shape)}, the output gradient {tuple(delta.shape)}: '
+                         'give both for the same samples, at least one')
     return _rows(x).T @ _rows(delta)
 
 # %% ../nbs/00_theory.ipynb #00000053
 def top_directions(
     M:Tensor, # Growth matrix, (d_in, d_out)
     k:int, # Number of new neurons, at most the rank of `M`
-)->tuple[Tensor, Tensor, Tensor]: # sigma (k,), U (d_in, k), V (d_out, k); each pair of columns has an arbitrary common sign
+)->tuple[Tensor, Tensor, Tensor]: # sigma (k,), U (d_in, k), V (d_out, k); each pair of columns has an arbitrary sign
     "The `k` leading singular triples of the growth matrix: the columns of V are the outgoing directions"
     if k < 1:
         raise ValueError(f'k is {k}: grow by at least one neuron')
     if M.ndim != 2:
         raise ValueError(f'the growth matrix has shape {tuple(M.shape)}: reshape it to (d_in, d_out)')
     if not M.isfinite().all():
-        raise ValueError('the growth matrix holds NaN or infinity: check the loss and the batch, or lower the learning rate')
+        raise ValueError('the growth matrix holds NaN or infinity: check the loss and the batch, '
+                         'or lower the learning rate')
     U, sigma, Vh = torch.linalg.svd(M, full_matrices=False)
     if sigma[0] == 0:
-        raise ValueError('the growth matrix is zero: no new neuron would get a gradient; train on, or grow on a batch with a non-zero loss')
+        raise ValueError('the growth matrix is zero: no new neuron would get a gradient; '
+                         'train on, or grow on a batch with a non-zero loss')
     rank = int((sigma > max(M.shape)*torch.finfo(M.dtype).eps*sigma[0]).sum())
     if k > rank:
-        raise ValueError(f'k is {k} but the growth matrix has rank {rank}: grow by at most {rank} neurons at a time, or use a larger batch')
+        raise ValueError(f'k is {k} but the growth matrix has rank {rank}: '
+                         f'grow by at most {rank} neurons at a time, or use a larger batch')
     return sigma[:k], U[:, :k], Vh[:k].T
 
 # %% ../nbs/00_theory.ipynb #0000005a
@@ -127,7 +131,8 @@ def sigma_weighted_lengths(
 )->Tensor: # (k,)
     "Lengths in proportion to the singular values"
     if not sigma.norm() > 0:
-        raise ValueError('all singular values are zero: lengths in proportion to them are undefined; use `equal_lengths`')
+        raise ValueError('all singular values are zero: lengths in proportion to them are undefined; '
+                         'use `equal_lengths`')
     return total*sigma/sigma.norm()
 
 # %% ../nbs/00_theory.ipynb #0000006a
@@ -147,9 +152,10 @@ def whiten(
     S:Tensor, # Second moment of the producer's input, the mean of `h h^T`, (d_in, d_in)
     floor:float=1e-3, # Eigenvalues of `S` below this fraction of the largest are raised to it
 )->tuple[Tensor, Tensor]: # W = S^(-1/2), (d_in, d_in), and W @ M, (d_in, d_out)
-    "Divide the growth matrix by the root of the inputs' energy: its left singular vectors p give incoming weights `W @ p`"
+    "Divide the growth matrix by the root of the inputs' energy: left singular vectors p give incoming weights `W @ p`"
     if S.shape != (M.shape[0], M.shape[0]):
-        raise ValueError(f'M has shape {tuple(M.shape)}, so S must be {M.shape[0]} x {M.shape[0]}, not {tuple(S.shape)}')
+        raise ValueError(f'M has shape {tuple(M.shape)}, so S must be {M.shape[0]} x {M.shape[0]}, '
+                         f'not {tuple(S.shape)}')
     if not S.isfinite().all():
         raise ValueError('the second moment S holds NaN or infinity: check the batch')
     values, Q = torch.linalg.eigh(S)

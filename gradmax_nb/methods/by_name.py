@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['methods_by_name']
 
-# %% ../../nbs/methods/05_by_name.ipynb #0000001b
+# %% ../../nbs/methods/05_by_name.ipynb #0000007b
 from .lengths import ActivationRMS, MeanNorm
 from .gradmax import AsComputed, GradMax, Lookahead, Sequential
 from .mirrored import Ascent, BoundMax, MirrorGradMax, MirrorRandom
@@ -13,7 +13,7 @@ from .proposal import LengthRule
 from gradmax_nb.methods.searched import (Firefly, GradMaxOpt, MirrorFirefly, MirrorGradMaxOpt, OfficialRandom,
     RandomGrowth)
 
-# %% ../../nbs/methods/05_by_name.ipynb #0000001f
+# %% ../../nbs/methods/05_by_name.ipynb #0000007f
 def methods_by_name(
     length:LengthRule=None,    # Length rule of the methods that have none of their own; None: `MeanNorm()`
     activation_scale:float=1.  # Of the methods that set lengths by activation: in multiples of the old neurons'

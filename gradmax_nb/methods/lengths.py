@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MeanNorm', 'FixedLength', 'SigmaWeighted', 'ActivationRMS', 'block_curvature', 'CurvatureBudget']
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000081
+# %% ../../nbs/methods/01_lengths.ipynb #00000141
+import math
 from dataclasses import dataclass, field
 import torch
 from ..core.measure import Measurement, Side, activity, existing_rms, input_samples
 from .proposal import LengthRule, Proposal, generator_of, loss_of
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000008e
+# %% ../../nbs/methods/01_lengths.ipynb #0000014e
 def _check_positive(rule, name):
     value = getattr(rule, name)
     if value is not None and not value>0:
@@ -32,7 +33,7 @@ class MeanNorm:
                              "mean length is no length for new ones; use FixedLength, or train a step first")
         return torch.full_like(sigma, self.scale*mean)
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000008f
+# %% ../../nbs/methods/01_lengths.ipynb #0000014f
 @dataclass
 class FixedLength:
     "Every new vector has the same given length."
@@ -42,7 +43,7 @@ class FixedLength:
 
     def __call__(self, m, directions, sigma, side): return torch.full_like(sigma, self.length)
 
-# %% ../../nbs/methods/01_lengths.ipynb #00000094
+# %% ../../nbs/methods/01_lengths.ipynb #00000154
 @dataclass
 class SigmaWeighted:
     "Lengths in proportion to the singular values, with the same total budget as `base`."
@@ -51,33 +52,46 @@ class SigmaWeighted:
     def __call__(self, m, directions, sigma, side):
         return sigma/sigma.norm()*self.base(m,directions,sigma,side).norm()
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000009b
+# %% ../../nbs/methods/01_lengths.ipynb #0000015b
 def _solve(
     value,              # `lengths -> (k,)`, positive
     wanted,             # What it should be
-    start:torch.Tensor, # Lengths to begin with, `(k,)`
+    start:torch.Tensor, # First lengths, `(k,)`
     now:torch.Tensor,   # `value(start)`
-    first:torch.Tensor, # Lengths to try first
+    power:torch.Tensor, # First guess: `value` goes like this power of the length, `(k,)`
     rounds:int=6        # Evaluations of `value` at the most
 )->torch.Tensor:
     "Lengths at which `value` is `wanted`, to a percent; a length that hardly matters stays as it is."
-    length,trial,power = start,first,torch.ones_like(start)
-    moving = (now>0) & _off(now, wanted)
+    length = start
     for _ in range(rounds):
+        moving = (now>0) & (power>.1) & _off(now, wanted)
         if not moving.any():
             break
-        trial = torch.where(moving, trial, length)
-        new = value(trial)
-        power = torch.where(moving, (new/now).log()/(trial/length).log(), power)
+        move = ((wanted/now).log()/power).clamp(-7,7)
+        new = value(torch.where(moving, length*move.exp(), length))
+        power = torch.where(moving, (new/now).log()/move, power)
         moving = moving & (power>.1)
-        length,now = torch.where(moving, trial, length),torch.where(moving, new, now)
-        moving = moving & _off(now, wanted)
-        trial = length*((wanted/now).log()/power).clamp(-7,7).exp()
+        length,now = torch.where(moving, length*move.exp(), length),torch.where(moving, new, now)
     return length
 
 def _off(now, wanted): return (wanted/now).log().abs()>.01
 
-# %% ../../nbs/methods/01_lengths.ipynb #0000009f
+# %% ../../nbs/methods/01_lengths.ipynb #0000015e
+def _reach(
+    rms,                 # `lengths -> (k,)`: the activations
+    wanted:torch.Tensor, # What they should be
+    start:torch.Tensor   # Lengths to begin with, all equal, `(k,)`
+)->torch.Tensor:         # `(k,)`
+    "Lengths at which the activation is the wanted one, where it responds to the length."
+    probe = torch.full_like(start, 2.**(math.floor(math.log2(start[0]))-1))
+    now,other = rms(start),rms(probe)
+    power = ((now/other).log()/(start/probe).log()).nan_to_num(0.)
+    moving = (power>.1) & _off(now, wanted)
+    if ((power-1).abs()<1e-3)[moving].all():
+        return torch.where(moving, probe*(wanted/other), start)
+    return _solve(rms, wanted, start, now, power)
+
+# %% ../../nbs/methods/01_lengths.ipynb #00000162
 def _wanted_rms(m, scale, floor, size):
     "Activation that new neurons should have; `size` is the mean length of the existing ones' incoming weights."
     existing = scale*existing_rms(m)
@@ -85,7 +99,7 @@ def _wanted_rms(m, scale, floor, size):
         return torch.full_like(size, existing)
     return (floor*size*input_samples(m).square().sum(0).mean().sqrt()).clamp_min(existing)
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000a0
+# %% ../../nbs/methods/01_lengths.ipynb #00000163
 @dataclass
 class ActivationRMS:
     "Activations as large (root mean square) as the existing ones on average; `MeanNorm` where length changes nothing."
@@ -108,10 +122,9 @@ class ActivationRMS:
         if wanted==0:
             return start
         rms = lambda lengths: activity(m, directions*lengths[:,None]).rms
-        first = wanted/rms(torch.ones_like(start))
-        return _solve(rms, wanted, start, rms(start), first).minimum(self.limit*start)
+        return _reach(rms, wanted, start).minimum(self.limit*start)
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000ac
+# %% ../../nbs/methods/01_lengths.ipynb #0000016f
 def _top_eigenvalue(apply, v, iters):
     "Largest eigenvalue of a symmetric operator seen from `iters` Lanczos steps: from below, and 0 if none is positive."
     Q,HQ = v.new_zeros(0,v.numel()),v.new_zeros(0,v.numel())
@@ -127,7 +140,7 @@ def _top_eigenvalue(apply, v, iters):
     T = Q@HQ.T
     return torch.linalg.eigvalsh((T+T.T)/2)[-1].clamp_min(0).item() if len(Q) else 0.
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000ae
+# %% ../../nbs/methods/01_lengths.ipynb #00000171
 def block_curvature(
     m:Measurement, # Site
     p:Proposal,    # New neurons
@@ -143,7 +156,7 @@ def _hessian_times(g, w, v):
     "Hessian times `v`, with `g` the gradient at `w`; zero where the loss is linear."
     return torch.autograd.grad(g, w, v, retain_graph=True)[0] if g.requires_grad else torch.zeros_like(w)
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000b2
+# %% ../../nbs/methods/01_lengths.ipynb #00000175
 def _curvature_at(m, w, side):
     "Curvature in the side at zero when the other one is `w`."
     if side is Side.INCOMING:
@@ -152,7 +165,7 @@ def _curvature_at(m, w, side):
         incoming,outgoing,zero = w.new_zeros(len(w),m.rows),w,Side.INCOMING
     return block_curvature(m, Proposal(incoming, outgoing, w.norm(dim=1), 0., zero))
 
-# %% ../../nbs/methods/01_lengths.ipynb #000000b4
+# %% ../../nbs/methods/01_lengths.ipynb #00000177
 @dataclass
 class CurvatureBudget:
     "The lengths of `base`, shortened together until learning rate times curvature is at most `fraction`."
@@ -173,4 +186,4 @@ class CurvatureBudget:
         at = lambda scale: scale.new_full((1,), _curvature_at(m, directions*(lengths*scale)[:,None], side))
         one = lengths.new_ones(1)
         now,wanted = at(one),.99*self.fraction/lr
-        return lengths*_solve(at, wanted, one, now, (wanted/now).sqrt()) if now>wanted else lengths
+        return lengths*_solve(at, wanted, one, now, 2*one) if now>wanted else lengths

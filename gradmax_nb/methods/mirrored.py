@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ascent', 'MirrorGradMax', 'whitening_roots', 'whitening_roots_of', 'BoundMax', 'MirrorRandom']
 
-# %% ../../nbs/methods/03_mirrored.ipynb #00000032
+# %% ../../nbs/methods/03_mirrored.ipynb #00000061
 from dataclasses import dataclass, field
 import torch
 from ..core.measure import activity, input_samples, leading_directions, rank_of
@@ -14,7 +14,7 @@ from gradmax_nb.methods.proposal import (LengthRule, comparison_length, gaussian
 from .lengths import ActivationRMS, MeanNorm
 from .gradmax import ascend, pick_unlike
 
-# %% ../../nbs/methods/03_mirrored.ipynb #00000040
+# %% ../../nbs/methods/03_mirrored.ipynb #0000006f
 @dataclass
 class Ascent:
     "Climb the score on the sphere from each candidate."
@@ -29,7 +29,7 @@ def _candidates(m, U, method):
         U = torch.cat([ascend(score, U, method.ascent.steps, method.ascent.lr), U])
     return U,score(U)
 
-# %% ../../nbs/methods/03_mirrored.ipynb #00000041
+# %% ../../nbs/methods/03_mirrored.ipynb #00000070
 def _mirrored(m, k, method, metric, back):
     "Candidates from the (whitened) growth matrix, ranked by the method's score in the real path."
     for n in (method.candidates*k, m.rows+m.cols):
@@ -42,7 +42,7 @@ def _mirrored(m, k, method, metric, back):
     raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but this batch offers {len(best)} directions with "
                      "a gradient, signs included; ask for fewer or give a larger growth batch")
 
-# %% ../../nbs/methods/03_mirrored.ipynb #00000043
+# %% ../../nbs/methods/03_mirrored.ipynb #00000072
 @dataclass
 class MirrorGradMax:
     "Outgoing zero, incoming along singular vectors, signs and order by the gradient that outgoing weights really get."
@@ -55,7 +55,7 @@ class MirrorGradMax:
 
     def propose(self, m, k): return _mirrored(m, k, self, None, None)
 
-# %% ../../nbs/methods/03_mirrored.ipynb #0000004b
+# %% ../../nbs/methods/03_mirrored.ipynb #0000007a
 def whitening_roots(
     S:torch.Tensor, # Second moment of the inputs, `(d, d)`
     floor:float     # Eigenvalues are raised to this fraction of the largest
@@ -78,7 +78,7 @@ def whitening_roots_of(
     Q = (h.T.double()@P)/values.sqrt()
     return [(low**p*torch.eye(len(Q)).to(Q) + (Q*(values**p-low**p))@Q.T).to(h.dtype) for p in (-.5,.5)]
 
-# %% ../../nbs/methods/03_mirrored.ipynb #0000004e
+# %% ../../nbs/methods/03_mirrored.ipynb #0000007d
 @dataclass
 class BoundMax:
     "Outgoing zero, incoming directions that maximise the guaranteed decrease: gradient norm over activation size."
@@ -92,7 +92,7 @@ class BoundMax:
 
     def propose(self, m, k): return _mirrored(m, k, self, *whitening_roots_of(input_samples(m), self.floor))
 
-# %% ../../nbs/methods/03_mirrored.ipynb #00000052
+# %% ../../nbs/methods/03_mirrored.ipynb #00000081
 @dataclass
 class MirrorRandom:
     "Outgoing zero, incoming Gaussian directions."

@@ -27,13 +27,16 @@ def _png(fig, colours=32):
     return small.getvalue()
 
 # %% ../../nbs/show/01_moving.ipynb #0000000b
-_script = ("const f=this.closest('figure'),m=f.querySelectorAll('img');m.forEach((p,i)=>p.style.display=i==this.value?'':'none');"
-           "f.querySelector('output').value=m[this.value].dataset.label;this.setAttribute('aria-valuetext',m[this.value].dataset.label)")
+_script = ("const f=this.closest('figure'),m=f.querySelectorAll('img');"
+           "m.forEach((p,i)=>p.style.display=i==this.value?'':'none');"
+           "f.querySelector('output').value=m[this.value].dataset.label;"
+           "this.setAttribute('aria-valuetext',m[this.value].dataset.label)")
 
 def _img(png, label, alt, visible):
     data,width = base64.b64encode(png).decode(),int.from_bytes(png[16:20],'big')//_density
     hidden = '' if visible else ';display:none'
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(f"{alt}: {label}")}" data-label="{escape(label)}" width="{width}" style="max-width:100%;height:auto{hidden}">'
+    said = f'alt="{escape(f"{alt}: {label}")}" data-label="{escape(label)}"'
+    return f'<img src="data:image/png;base64,{data}" {said} width="{width}" style="max-width:100%;height:auto{hidden}">'
 
 # %% ../../nbs/show/01_moving.ipynb #0000000c
 class MovingFigure:
@@ -42,13 +45,15 @@ class MovingFigure:
         frames:list, # PNG files as bytes, all of one size, shown at half of it
         labels:list, # What the slider says at each frame
         name:str,    # What the slider moves
-        alt:str,     # What the pictures show, for consumers who cannot see them
+        alt:str,     # What the pictures show, for readers who cannot see them
         start:int=0  # Frame that is visible at first
     ):
         if not frames or len(frames)!=len(labels):
-            raise ValueError(f"{len(frames)} frames and {len(labels)} labels: give one label for each frame, at least one")
+            raise ValueError(f"{len(frames)} frames and {len(labels)} labels: give one label for each frame, "
+                             "at least one")
         if len({f[16:24] for f in frames})>1:
-            raise ValueError("the frames differ in size, so the page would jump: draw them all with the same figsize, and without bbox_inches='tight'")
+            raise ValueError("the frames differ in size, so the page would jump: draw them all with the same figsize, "
+                             "and without bbox_inches='tight'")
         if not 0<=start<len(frames):
             raise ValueError(f"there is no frame {start}: the last one is {len(frames)-1}")
         self.frames,self.labels,self.name,self.alt,self.start = frames,[str(l) for l in labels],name,alt,start
@@ -57,18 +62,21 @@ class MovingFigure:
 
     def _repr_html_(self):
         now = escape(self.labels[self.start])
-        slider = (f'<input type="range" min="0" max="{len(self.frames)-1}" value="{self.start}" step="1" autocomplete="off" aria-label="{escape(self.name)}" '
+        slider = (f'<input type="range" min="0" max="{len(self.frames)-1}" value="{self.start}" step="1" '
+                  f'autocomplete="off" aria-label="{escape(self.name)}" '
                   f'aria-valuetext="{now}" style="flex:1 1 8em;max-width:22em" oninput="{escape(_script)}">')
         imgs = ''.join(_img(f,l,self.alt,i==self.start) for i,(f,l) in enumerate(zip(self.frames,self.labels)))
-        return (f'<figure class="moving" style="margin:0"><div style="display:flex;flex-wrap:wrap;gap:.3em .8em;align-items:center;margin-bottom:.4em">'
-                f'<span>{escape(self.name)}</span><output style="min-width:3em">{now}</output>{slider}</div>{imgs}</figure>')
+        return ('<figure class="moving" style="margin:0"><div style="display:flex;flex-wrap:wrap;gap:.3em .8em;'
+                'align-items:center;margin-bottom:.4em">'
+                f'<span>{escape(self.name)}</span><output style="min-width:3em">{now}</output>{slider}</div>'
+                f'{imgs}</figure>')
 
 # %% ../../nbs/show/01_moving.ipynb #0000000d
 def moving_figure(
     draw,        # Function from a frame's number to a matplotlib `Figure`
     labels:list, # What the slider says at each frame; their number is the number of frames
     name:str,    # What the slider moves
-    alt:str,     # What the pictures show, for consumers who cannot see them
+    alt:str,     # What the pictures show, for readers who cannot see them
     start:int=0  # Frame that is visible at first
 )->MovingFigure:
     "Draw one frame per label and put a slider over them."

@@ -6,185 +6,49 @@
 __all__ = ['Checkpoint', 'save_grown', 'load_grown', 'peek_grown']
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000002
-import json
 import math
-import os
-import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from .growth import Growth
+from .memory import check_memory, load_memory, memory_form, pack_memory
+from .packing import (has_form, open_sealed, pack, printable, seal, store_tensor, unpack,
+                                      write_atomically)
 from ..core.measure import Offset
-from ..model.optim import check_optimizer, optimizer_chains, optimizer_guard, optimizer_states, rebind
+from ..model.optim import optimizer_guard, rebind
 from ..model.surgery import fit_to, surgery_guard
 from ..model.untouched import unwrapped
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000017
-_tags = ('$tensor', '$tuple', '$dict', '$float')
-
-def _store(t, name, tensors):
-    "Put a copy of `t` into `tensors`; returns the name it got"
-    if is_lazy(t):
-        raise ValueError(f'`{name}` has no shape yet: run one batch through the model before saving it')
-    if t.is_meta or t.layout is not torch.strided or t.is_quantized:
-        raise ValueError(f'`{name}` cannot be saved: it is a {t.layout} tensor of {t.dtype} on {t.device}; only ordinary dense tensors with values can')
-    while name in tensors:
-        name += "'"
-    # a fresh copy: safetensors refuses tensors that share memory, as tied weights do
-    tensors[name] = torch.empty(t.shape, dtype=t.dtype, device='cpu').copy_(t.detach())
-    return name
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000018
-def _pack(v, name, tensors):
-    "`v` as JSON; the tensors in it go into `tensors`, named after their place `name`"
-    if not isinstance(v, Tensor) and getattr(v, 'shape', None) == ():
-        v = v.item()  # a NumPy number
-    if v is None or isinstance(v, (bool, str)):
-        return v
-    if isinstance(v, int) and abs(v) < 2**64:
-        return int(v)
-    if isinstance(v, float):
-        return float(v) if math.isfinite(v) else {'$float': str(float(v))}
-    if isinstance(v, Tensor):
-        return {'$tensor': _store(v, name, tensors)}
-    if isinstance(v, dict):
-        return _pack_dict(v, name, tensors)
-    if not isinstance(v, (list, tuple)):
-        raise _unsavable(v, name)
-    items = [_pack(o, f'{name}/{i}', tensors) for i,o in enumerate(v)]
-    return items if isinstance(v, list) else {'$tuple': items}
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000019
-def _unsavable(v, name):
-    what = 'a number of more than 64 bits' if isinstance(v, int) else f'a {type(v).__name__}'
-    return ValueError(f'`{name}` is {what}, which has no place in a checkpoint: give None, numbers, strings, tensors, '
-                      'or lists, tuples and dicts of these (for an array: `torch.from_numpy` or `.tolist()`)')
-
-def _pack_dict(d, name, tensors):
-    items = [(k, _pack(v, f'{name}/{k}', tensors)) for k,v in d.items()]
-    plain = all(isinstance(k, str) for k in d) and not any(k in _tags for k in d)
-    return dict(items) if plain else {'$dict': [[_pack(k, name, tensors), v] for k,v in items]}
-
-# %% ../../nbs/train/05_checkpoint.ipynb #0000001b
-def _unpack(text, tensors):
-    "The value that `_pack` made into `text`; takes its tensors out of `tensors`"
-    decode = {'$tensor': tensors.pop, '$tuple': tuple, '$dict': dict, '$float': float}
-    def untag(o):
-        if not any(k in decode for k in o):
-            return o
-        (tag,v), = o.items()
-        return decode[tag](v)
-    return json.loads(text, object_hook=untag, parse_int=_whole, parse_float=_finite, parse_constant=_refuse)
-
-# %% ../../nbs/train/05_checkpoint.ipynb #0000001c
-def _refuse(s): raise ValueError(f'{s[:20]} is not a number that JSON allows here')
-
-def _whole(s): return int(s) if len(s) <= 21 else _refuse(s)
-
-def _finite(s): return v if math.isfinite(v := float(s)) else _refuse(s)
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000020
-_key = 'gradmax_nb'
-_mark = f'"{_key}":"'.encode()
-
-def _checksum(data):
-    "Where the checksum stands in `data`, and what it must be"
-    at, view = data.index(_mark)+len(_mark), memoryview(data)
-    h = sha256(view[:at])
-    h.update(b'0'*64)
-    h.update(view[at+64:])
-    return at, h.hexdigest().encode()
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000021
-def _seal(body, tensors):
-    "The bytes of a file with `body` (JSON) and `tensors`"
-    text = json.dumps(body, allow_nan=False, separators=(',', ':'))
-    try:
-        data = bytearray(save(tensors, {_key: '0'*64 + text}))
-    except Exception as e:
-        raise ValueError(f'safetensors cannot store these tensors: {e}; their types are {sorted({str(t.dtype) for t in tensors.values()})}') from e
-    at, digest = _checksum(data)
-    data[at:at+64] = digest
-    return bytes(data)
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000023
-def _write(path, data):
-    "Write `data` to `path`: all of it, or leave what was there"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
-    try:
-        with open(temp, 'xb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000026
-def _printable(s): return ''.join(c if c.isprintable() else '?' for c in str(s))
-
-def _open(path):
-    "Text and tensors of the file at `path`"
-    data = Path(path).read_bytes()
-    try:
-        tensors = load(data)
-        text = json.loads(data[8:8+int.from_bytes(data[:8], 'little')])['__metadata__'][_key]
-        at, digest = _checksum(data)
-    except Exception as e:
-        if data[:1] == b'\x80' or data[:2] == b'PK':
-            raise ValueError(f'`{path}` is a pickle, as `torch.save` writes it. Loading one can run any code, so it is not opened: save with `save_grown`') from e
-        raise ValueError(f'`{path}` is not a whole file written by `save_grown`: {_printable(e)}; use another copy') from e
-    if data[at:at+64] != digest:
-        raise ValueError(f'`{path}` is damaged: its checksum does not match its contents; use another copy')
-    return text[64:], tensors
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000029
-def _fits(v, form):
-    "Does the value `v` have the `form`?"
-    if form is object:
-        return True
-    if isinstance(form, tuple):
-        return any(_fits(v, f) for f in form)
-    if not isinstance(form, (list, dict)):
-        return type(v) is form
-    if type(v) is not type(form):
-        return False
-    if isinstance(form, list):
-        return all(_fits(o, form[0]) for o in v)
-    if str in form:
-        return all(type(k) is str and _fits(o, form[str]) for k,o in v.items())
-    return v.keys() == form.keys() and all(_fits(v[k], f) for k,f in form.items())
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000002a
 _none = type(None)
 _offset_form = {str: [{'start': int, 'value': float}]}
-_model_form = {'kind': str, 'layers': {str: str}, 'parameters': [str], 'features': {str: int}, 'lifts': _offset_form, 'removals': _offset_form}
-_slow_form = {'count': int, 'k': int, 'alpha': (int, float), 'weights': (_none, {str: Tensor})}
-_opt_form = {'kinds': [str], 'groups': [{'params': [str], 'hypers': {str: object}}], 'states': [{str: dict}], 'slow': [_slow_form]}
-_form = {'format': int, 'model': _model_form, 'optimizer': (_none, [_opt_form]), 'extra': object,
+# named as in the first files: `lifts` are offsets behind layers, `removals` counter-offsets in front of consumers
+_model_form = {'kind': str, 'layers': {str: str}, 'parameters': [str], 'features': {str: int},
+               'lifts': _offset_form, 'removals': _offset_form}
+_form = {'format': int, 'model': _model_form, 'optimizer': (_none, memory_form), 'extra': object,
          'history': (_none, [object], {'columns': [object], 'rows': [[object]]})}
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000002b
+def _stranger(path, why):
+    return ValueError(f'`{path}` has a header that `save_grown` cannot have written: {why}; use another copy')
+
 def _read(path):
     "The decoded contents of the checkpoint at `path`, and the tensors of its model by name"
-    text, tensors = _open(path)
+    text, tensors = open_sealed(path)
     try:
-        body = _unpack(text, tensors)
+        body = unpack(text, tensors)
     except Exception as e:
-        raise ValueError(f'`{path}` has a header that `save_grown` cannot have written: {type(e).__name__} {_printable(e)}') from e
+        raise _stranger(path, f'{type(e).__name__} {printable(e)}') from e
     version = body.get('format') if isinstance(body, dict) else None
     if type(version) is int and version > 1:
         raise ValueError(f'`{path}` has format {version}, this version of gradmax_nb reads format 1: update gradmax_nb')
     if version == 1 and isinstance(body.get('model'), dict):
         body['model'].setdefault('removals', {}) # older files have none
-    if version != 1 or not _fits(body, _form) or not all(n.startswith('model/') for n in tensors):
-        raise ValueError(f'`{path}` has a header that `save_grown` cannot have written: its entries have the wrong form')
+    if version != 1 or not has_form(body, _form) or not all(n.startswith('model/') for n in tensors):
+        raise _stranger(path, 'its entries have the wrong form')
     return body, {n[len('model/'):]: t for n,t in tensors.items()}
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000030
@@ -194,15 +58,18 @@ def _offset_facts(named, hooks_of):
     found = {n: _offsets(hooks_of(m)).values() for n,m in named.items()}
     return {n: [{'start': int(h.start), 'value': float(h.value)} for h in hooks] for n,hooks in found.items() if hooks}
 
-def _is_bare_norm(m): return type(getattr(m, 'num_features', None)) is int and not any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
+def _is_bare_norm(m):
+    tensors = (*m._parameters.values(), *m._buffers.values())
+    return type(getattr(m, 'num_features', None)) is int and all(t is None for t in tensors)
 
 def _model_facts(model):
     "What the state dict of `model` does not say"
     named = dict(model.named_modules())
-    return {'kind': type(model).__name__, 'parameters': [n for n,_ in model.named_parameters()],
-            'layers': {n: type(m).__name__ for n,m in named.items() if any(p is not None for p in m._parameters.values())},
+    layers = {n: type(m).__name__ for n,m in named.items() if any(p is not None for p in m._parameters.values())}
+    return {'kind': type(model).__name__, 'parameters': [n for n,_ in model.named_parameters()], 'layers': layers,
             'features': {n: m.num_features for n,m in named.items() if _is_bare_norm(m)},
-            'lifts': _offset_facts(named, lambda m: m._forward_hooks), 'removals': _offset_facts(named, lambda m: m._forward_pre_hooks)}
+            'lifts': _offset_facts(named, lambda m: m._forward_hooks),
+            'removals': _offset_facts(named, lambda m: m._forward_pre_hooks)}
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000033
 def _check_tensors(path, model, tensors):
@@ -213,21 +80,27 @@ def _check_tensors(path, model, tensors):
         if not isinstance(t, Tensor):
             raise ValueError(f'`{n}` of the model is a {type(t).__name__}: only tensors can be loaded')
         if is_lazy(t) or t.is_meta:
-            raise ValueError(f'`{n}` of the model has no shape or no memory yet: run one batch through it, or build it on a real device, before loading')
+            raise ValueError(f'`{n}` of the model has no shape or no memory yet: run one batch through it, '
+                             'or build it on a real device, before loading')
         if t.dtype != tensors[n].dtype:
-            raise ValueError(f'`{n}` is {t.dtype} in the model and {tensors[n].dtype} in `{path}`: convert the model first, e.g. with `model.to({tensors[n].dtype})`')
+            raise ValueError(f'`{n}` is {t.dtype} in the model and {tensors[n].dtype} in `{path}`: '
+                             f'convert the model first, e.g. with `model.to({tensors[n].dtype})`')
         if t.shape[2:] != tensors[n].shape[2:]:
-            raise ValueError(f'`{n}` is {tuple(t.shape)} in the model and {tuple(tensors[n].shape)} in `{path}`: only the first two sizes can grow, so the file holds another model')
+            raise ValueError(f'`{n}` is {tuple(t.shape)} in the model and {tuple(tensors[n].shape)} in `{path}`: '
+                             'only the first two sizes can grow, so the file holds another model')
     for names in _tied(now):
         _check_tied(path, names, now, tensors)
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000034
 def _check_names(path, have, found):
-    def listed(names): return ', '.join(f'`{_printable(n)}`' for n in sorted(names)[:3]) + (f' and {len(names)-3} more' if len(names) > 3 else '')
+    def listed(names):
+        more = f' and {len(names)-3} more' if len(names) > 3 else ''
+        return ', '.join(f'`{printable(n)}`' for n in sorted(names)[:3]) + more
+    remedy = 'build the model that was saved, at its seed size'
     if have-found:
-        raise ValueError(f'`{path}` has no {listed(have-found)}, which this model needs: build the model that was saved, at its seed size')
+        raise ValueError(f'`{path}` has no {listed(have-found)}, which this model needs: {remedy}')
     if found-have:
-        raise ValueError(f'`{path}` holds {listed(found-have)}, which this model has not: build the model that was saved, at its seed size')
+        raise ValueError(f'`{path}` holds {listed(found-have)}, which this model has not: {remedy}')
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000035
 def _tied(tensors):
@@ -240,9 +113,11 @@ def _tied(tensors):
 def _check_tied(path, names, now, tensors):
     first, both = tensors[names[0]], ' and '.join(f'`{n}`' for n in names)
     if any(tensors[n].shape != now[n].shape for n in names):
-        raise ValueError(f'{both} are one tensor in the model (tied), and `{path}` holds them wider: tied layers cannot grow')
+        raise ValueError(f'{both} are one tensor in the model (tied), and `{path}` holds them wider: '
+                         'tied layers cannot grow, so build the model without the tie')
     if any(((first != t) & ~((first != first) & (t != t))).any() for t in (tensors[n] for n in names)):
-        raise ValueError(f'{both} are one tensor in the model (tied), but differ in `{path}`: build the model without the tie, as it was saved')
+        raise ValueError(f'{both} are one tensor in the model (tied), but differ in `{path}`: '
+                         'build the model without the tie, as it was saved')
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000037
 def _widen(model, opt, tensors):
@@ -266,7 +141,8 @@ def _load_facts(path, model, facts):
     named = dict(model.named_modules())
     for n,size in facts['features'].items():
         if n not in named or not _is_bare_norm(named[n]) or size < named[n].num_features:
-            raise ValueError(f'`{path}` says that `{_printable(n)}` is a norm of {size} channels, which does not fit this model')
+            raise ValueError(f'`{path}` says that `{printable(n)}` is a norm of {size} channels, '
+                             'which does not fit this model: build the model that was saved')
         named[n].num_features = size
     _load_offsets(path, named, facts['lifts'], lambda m: m._forward_hooks, nn.Module.register_forward_hook)
     _load_offsets(path, named, facts['removals'], lambda m: m._forward_pre_hooks, nn.Module.register_forward_pre_hook)
@@ -277,163 +153,18 @@ def _load_offsets(path, named, wanted, hooks_of, register):
             del hooks_of(m)[key]
     for n,offsets in wanted.items():
         if n not in named or any(not 0 <= o['start'] < 2**31 or not math.isfinite(o['value']) for o in offsets):
-            raise ValueError(f'`{path}` holds a offset for `{_printable(n)}`, which does not fit this model')
+            raise ValueError(f'`{path}` holds an offset for `{printable(n)}`, which does not fit this model')
         for o in offsets:
             register(named[n], Offset(o['start'], o['value']))
-
-# %% ../../nbs/train/05_checkpoint.ipynb #0000003a
-def _kind(o):
-    "The type of an optimizer and, for fastai's, the steps it is made of"
-    steps = ', '.join(_step_name(f) for f in vars(o).get('cbs', ()))
-    return type(o).__name__ + (f'({steps})' if steps else '')
-
-def _step_name(f):
-    options = [f'{k}={v}' for k,v in sorted(getattr(f, 'keywords', {}).items()) if isinstance(v, (bool, int, float, str))]
-    f = getattr(f, 'func', f)
-    return getattr(f, '__name__', type(f).__name__) + (f"[{', '.join(options)}]" if options else '')
-
-# %% ../../nbs/train/05_checkpoint.ipynb #0000003c
-def _group_names(model, layers):
-    "Per parameter group, the names of its parameters in `model`"
-    names = {id(p): n for n,p in model.named_parameters()}
-    groups = [[names.get(id(p)) for p in g['params']] for g in layers[-1].param_groups]
-    strangers = sum(n is None for g in groups for n in g)
-    if strangers:
-        raise ValueError(f'the {type(layers[-1]).__name__} holds {strangers} parameters that are not in the model: pass the optimizer of this model, or opt=None')
-    return groups
-
-def _hypers(o):
-    "The dicts in which the innermost optimizer `o` keeps its hyper-parameters, one per group"
-    return list(vars(o)['hypers'] if 'hypers' in vars(o) else o.param_groups)
-
-# %% ../../nbs/train/05_checkpoint.ipynb #0000003d
-_lookahead = ('count', 'k', 'alpha')
-
-def _opt_facts(model, layers, where, tensors):
-    "One optimizer (with its wrappers) as JSON"
-    names = _group_names(model, layers)
-    hypers = [{k: v for k,v in h.items() if k not in ('params', 'param_names')} for h in _hypers(layers[-1])]
-    return {'kinds': [_kind(o) for o in layers],
-            'groups': [{'params': n, 'hypers': _pack(h, f'{where}/groups/{i}', tensors)} for i,(n,h) in enumerate(zip(names, hypers))],
-            'states': [_pack_dict(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(optimizer_states(layers))],
-            'slow': [_pack_dict(_slow_facts(o, names), f'{where}/slow', tensors) for o in layers if 'slow_weights' in vars(o)]}
-
-# %% ../../nbs/train/05_checkpoint.ipynb #0000003e
-def _by_name(model, state):
-    "The non-empty entries of an optimizer's `state` by parameter name, in the order of the model"
-    lost = set(map(id, state)) - {id(p) for p in model.parameters()}
-    if lost:
-        raise ValueError(f'the optimizer keeps state for {len(lost)} things that are no parameters of the model; use an optimizer that keeps its state per parameter')
-    return {n: state[p] for n,p in model.named_parameters() if state.get(p)}
-
-def _slow_facts(o, names):
-    slow = vars(o)['slow_weights']
-    weights = None if slow is None else {n: t for ns,ts in zip(names, slow) for n,t in zip(ns, ts)}
-    return {**{k: getattr(o, k) for k in _lookahead}, 'weights': weights}
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000041
-def _check_opt(path, model, opt, saved):
-    "Raise a `ValueError` unless `saved` is the memory of an optimizer like `opt`"
-    if not optimizer_chains(opt):
-        return
-    if saved is None:
-        raise ValueError(f'`{path}` holds no optimizer: pass opt=None and create one after loading')
-    chains = optimizer_chains(opt)
-    kinds, found = [[_kind(o) for o in c] for c in chains], [s['kinds'] for s in saved]
-    if kinds != found:
-        raise ValueError(f'`{path}` holds the memory of {_said(found)}, but `opt` is {_said(kinds)}: create the optimizer that was saved, or pass opt=None')
-    for layers,s in zip(chains, saved):
-        _check_groups(path, model, layers, s)
-
-def _said(kinds): return _printable(', '.join(' around '.join(k) for k in kinds)) or 'no optimizer'
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000042
-def _check_groups(path, model, layers, s):
-    # LBFGS has one flat memory of all parameters, where their order counts
-    as_held = list if isinstance(layers[-1], torch.optim.LBFGS) else sorted
-    now, found = _group_names(model, layers), [g['params'] for g in s['groups']]
-    if [as_held(g) for g in now] != [as_held(g) for g in found]:
-        raise ValueError(f'the parameter groups of `opt` are not those in `{path}`: {_difference(now, found)}; create the optimizer with the groups that were saved, or pass opt=None')
-    for hypers,g in zip(_hypers(layers[-1]), s['groups']):
-        bad = [k for k,v in g['hypers'].items() if k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)]
-        if bad:
-            raise ValueError(f'`{path}` holds an impossible value for the hyper-parameter `{_printable(bad[0])}` of `opt`')
-    _check_memory(path, layers, s, {n for g in now for n in g})
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000043
-def _difference(now, found):
-    if len(now) != len(found):
-        return f'{len(now)} against {len(found)} groups'
-    i, odd = next(((i, set(a) ^ set(b)) for i,(a,b) in enumerate(zip(now, found)) if set(a) != set(b)), (0, ()))
-    return f'group {i} differs in ' + ', '.join(f'`{_printable(n)}`' for n in sorted(odd)[:3]) if odd else 'another order of parameters'
-
-def _alike(old, new):
-    "Can the hyper-parameter `old` become `new`?"
-    if isinstance(old, bool):
-        return new is None or isinstance(new, bool)
-    if isinstance(old, (int, float)) or isinstance(old, Tensor) and old.numel() == 1:
-        return isinstance(new, (int, float)) and not isinstance(new, bool) or isinstance(new, Tensor) and new.numel() == 1
-    if isinstance(old, (tuple, list)):
-        return isinstance(new, (tuple, list)) and len(old) == len(new) and all(map(_alike, old, new))
-    return True
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000044
-def _check_memory(path, layers, s, held):
-    "Raise unless the states and slow weights in `s` are as many as the optimizer has and belong to parameters it holds"
-    slow = [o for o in layers if 'slow_weights' in vars(o)]
-    wrong = len(s['states']) != len(optimizer_states(layers)) or len(s['slow']) != len(slow)
-    wrong = wrong or any(not set(o) <= held for o in s['states']) or any(o['weights'] is not None and set(o['weights']) != held for o in s['slow'])
-    if wrong:
-        raise ValueError(f'`{path}` holds memory that does not belong to the parameters of `opt`: create the optimizer that was saved, or pass opt=None')
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000046
-def _placed(v, p, keep_on_host=False):
-    "`v` with its tensors on the device of the parameter `p`, laid out like `p` where they have its shape"
-    if isinstance(v, (list, tuple)):
-        return type(v)(_placed(o, p) for o in v)
-    if not isinstance(v, Tensor) or keep_on_host:
-        return v
-    return torch.empty_like(p, dtype=v.dtype, requires_grad=False).copy_(v) if v.shape == p.shape else v.to(p.device)
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000047
-def _load_opt(model, layers, s):
-    "Give one optimizer (with its wrappers) the memory and hyper-parameters in `s`"
-    names, inner = _group_names(model, layers), layers[-1]
-    held = [(n, p, h) for ns,g,h in zip(names, inner.param_groups, _hypers(inner)) for n,p in zip(ns, g['params'])]
-    for hypers,g in zip(_hypers(inner), s['groups']):
-        hypers.update({k: v.to(hypers[k].device) if isinstance(v, Tensor) and isinstance(hypers.get(k), Tensor) else v for k,v in g['hypers'].items()})
-    for state,saved in zip(optimizer_states(layers), s['states']):
-        _load_state(state, saved, held)
-    for o,saved in zip([o for o in layers if 'slow_weights' in vars(o)], s['slow']):
-        for k in _lookahead:
-            setattr(o, k, saved[k])
-        o.slow_weights = _slow_weights(saved['weights'], names, {n: p for n,p,_ in held})
-
-# %% ../../nbs/train/05_checkpoint.ipynb #00000048
-def _load_state(state, saved, held):
-    state.clear()
-    for n,p,h in held:
-        on_host = not (h.get('capturable') or h.get('fused'))
-        entry = {k: _placed(v, p, on_host and k == 'step') for k,v in saved.get(n, {}).items()}
-        # a plain dict, unlike a defaultdict, must have an entry for every parameter
-        if entry or not hasattr(state, 'default_factory'):
-            state[p] = entry
-
-def _slow_weights(weights, names, params):
-    if weights is None:
-        return None
-    for n,t in weights.items():
-        if t.shape != params[n].shape or t.dtype != params[n].dtype:
-            raise ValueError(f'the slow weight of `{n}` is {tuple(t.shape)} of {t.dtype}, which does not fit the parameter')
-    return [[_placed(weights[n], params[n]) for n in ns] for ns in names]
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000004a
 def _row(o):
     "A growth record as plain values; anything else as it is"
     if not isinstance(o, Growth):
         return o
-    return {'site': o.site.name, 'old_width': o.old_width, 'new_width': o.new_width, 'sigma': o.sigma.tolist(), 'predicted': o.predicted,
-            'method': repr(o.method), 'loss': o.loss, 'zero': o.zero.value, 'notes': list(o.notes)}
+    return {'site': o.site.name, 'old_width': o.old_width, 'new_width': o.new_width, 'sigma': o.sigma.tolist(),
+            'predicted': o.predicted, 'method': repr(o.method), 'loss': o.loss, 'zero': o.zero.value,
+            'notes': list(o.notes)}
 
 def _history_facts(history, tensors):
     if history is None:
@@ -441,9 +172,9 @@ def _history_facts(history, tensors):
     if isinstance(history, (dict, str, Growth)):
         raise ValueError(f'`history` is a {type(history).__name__}: give a list of rows, or a pandas DataFrame')
     if not hasattr(history, 'itertuples'):
-        return _pack([_row(o) for o in history], 'history', tensors)
+        return pack([_row(o) for o in history], 'history', tensors)
     rows = [list(r) for r in history.itertuples(index=False, name=None)]
-    return _pack({'columns': list(history.columns), 'rows': rows}, 'history', tensors)
+    return pack({'columns': list(history.columns), 'rows': rows}, 'history', tensors)
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000004b
 def _as_history(h):
@@ -454,7 +185,7 @@ def _as_history(h):
     try:
         return pd.DataFrame([tuple(r) for r in h['rows']], columns=h['columns'])
     except Exception as e:
-        raise ValueError(f'the history in the file is no table: {_printable(e)}') from e
+        raise ValueError(f'the history in the file is no table: {printable(e)}') from e
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000004d
 def _events(history):
@@ -468,7 +199,8 @@ def _lines(c):
     yield f'{c.name}: {c.kind} with {c.params:,} parameters'
     size = max((len(n) for n in c.layers), default=0)
     for n,(kind,shape) in c.layers.items():
-        yield f"  {n:{size}}  {kind:12} {'x'.join(map(str, shape))}" + (f'  (offset from channel {c.offsets[n][0]["start"]})' if c.offsets.get(n) else '')
+        offset = f'  (offset from channel {c.offsets[n][0]["start"]})' if c.offsets.get(n) else ''
+        yield f"  {n:{size}}  {kind:12} {'x'.join(map(str, shape))}{offset}"
     for kinds,lrs in c.optimizer:
         yield f"optimizer: {' around '.join(kinds)}, lr {', '.join(f'{lr:.4g}' for lr in lrs)}"
     events = _events(c.history)
@@ -488,11 +220,11 @@ class Checkpoint:
     layers:dict      # Layer name -> (type, shape of its weight); layers with parameters only
     params:int       # Number of parameters
     optimizer:tuple  # A pair (kinds, learning rates) per optimizer in the file
-    offsets:dict       # Layer name -> offsets: constants that keep new neurons above zero
+    offsets:dict     # Layer name -> offsets: constants that keep new neurons above zero
     history:object   # List of rows or pandas DataFrame, as it was given; None if there is none
     extra:object     # What the caller gave as `extra`
 
-    def __repr__(self): return '\n'.join(map(_printable, _lines(self)))
+    def __repr__(self): return '\n'.join(map(printable, _lines(self)))
 
     @property
     def widths(self)->dict: return {n: s[0] for n,(_,s) in self.layers.items() if len(s) > 1}
@@ -507,10 +239,12 @@ def _lr(hypers):
 def _checkpoint(path, body, tensors):
     "The `Checkpoint` of a file's contents"
     m = body['model']
-    shapes = {n: tuple(tensors[f'{n}.weight' if n else 'weight'].shape) for n in m['layers'] if (f'{n}.weight' if n else 'weight') in tensors}
-    opts = tuple((tuple(s['kinds']), [v for g in s['groups'] for v in _lr(g['hypers'])]) for s in body['optimizer'] or ())
-    return Checkpoint(Path(path).name, m['kind'], {n: (k, shapes.get(n, ())) for n,k in m['layers'].items()},
-                      sum(tensors[n].numel() for n in m['parameters'] if n in tensors), opts, m['lifts'], _as_history(body['history']), body['extra'])
+    weights = {n: tensors.get(f'{n}.weight' if n else 'weight') for n in m['layers']}
+    layers = {n: (k, () if weights[n] is None else tuple(weights[n].shape)) for n,k in m['layers'].items()}
+    opts = [(tuple(s['kinds']), [v for g in s['groups'] for v in _lr(g['hypers'])]) for s in body['optimizer'] or ()]
+    params = sum(tensors[n].numel() for n in m['parameters'] if n in tensors)
+    history = _as_history(body['history'])
+    return Checkpoint(Path(path).name, m['kind'], layers, params, tuple(opts), m['lifts'], history, body['extra'])
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000052
 def save_grown(
@@ -524,12 +258,12 @@ def save_grown(
     path, model, tensors = Path(path), unwrapped(model), {}
     for n,t in model.state_dict().items():
         if not isinstance(t, Tensor):
-            raise ValueError(f'`{n}` in the state dict of the model is a {type(t).__name__}: only tensors can be saved; pass it as `extra`')
-        _store(t, f'model/{n}', tensors)
-    body = {'format': 1, 'model': _model_facts(model), 'history': _history_facts(history, tensors), 'extra': _pack(extra, 'extra', tensors),
-            'optimizer': None if opt is None else [_opt_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(optimizer_chains(opt))]}
-    _write(path, _seal(body, tensors))
-    return path
+            raise ValueError(f'`{n}` in the state dict of the model is a {type(t).__name__}: '
+                             'only tensors can be saved; pass it as `extra`')
+        store_tensor(t, f'model/{n}', tensors)
+    body = {'format': 1, 'model': _model_facts(model), 'history': _history_facts(history, tensors),
+            'extra': pack(extra, 'extra', tensors), 'optimizer': pack_memory(model, opt, tensors)}
+    return write_atomically(path, seal(body, tensors))
 
 # %% ../../nbs/train/05_checkpoint.ipynb #00000055
 @contextmanager
@@ -554,14 +288,12 @@ def load_grown(
     model = unwrapped(model)
     body, tensors = _read(path)
     _check_tensors(path, model, tensors)
-    _check_opt(path, model, opt, body['optimizer'])
+    check_memory(path, model, opt, body['optimizer'])
     with surgery_guard(model), optimizer_guard(opt), _values_guard(model):
         _widen(model, opt, tensors)
         _load_values(model, tensors)
         _load_facts(path, model, body['model'])
-        for layers,s in zip(optimizer_chains(opt), body['optimizer'] or ()):
-            _load_opt(model, layers, s)
-            check_optimizer(layers[0], model, params=[p for g in layers[-1].param_groups for p in g['params']])
+        load_memory(model, opt, body['optimizer'])
         return _checkpoint(path, body, tensors)
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000005c

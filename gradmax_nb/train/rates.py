@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Times', 'NormRatio', 'YoungRates']
+__all__ = ['RateRule', 'Times', 'NormRatio', 'YoungRates']
 
 # %% ../../nbs/train/03_rates.ipynb #00000003
 import torch
-from collections.abc import Callable
 from dataclasses import dataclass
 from fastcore.basics import patch
 from math import isfinite
 from torch import Tensor, nn
+from typing import Protocol
 from ..model.untouched import unwrapped
 
 # %% ../../nbs/train/03_rates.ipynb #0000000d
@@ -23,11 +23,19 @@ def _block(p:Tensor, shape)->Tensor:
     return p[tuple(slice(n) for n in shape)]
 
 def _spread(values, shapes, like:Tensor)->Tensor:
-    "A tensor like `like` with the value of each generation in its entries; `shapes`: leading blocks, the smallest first."
+    "A tensor like `like` with a value for each generation's entries; `shapes`: leading blocks, the smallest first."
     out = torch.empty_like(like)
     for v,shape in zip(reversed(values), reversed(shapes)):
         _block(out,shape)[...] = v
     return out
+
+# %% ../../nbs/train/03_rates.ipynb #00000050
+class RateRule(Protocol):
+    "What `YoungRates` asks before every step."
+    def __call__(self,
+        rates:YoungRates # Whose step comes; `rates.growths` says how many factors it wants
+    )->list|Tensor:      # A finite factor per growth, relative to the learning rate of the seed
+        ...
 
 # %% ../../nbs/train/03_rates.ipynb #00000018
 @dataclass(frozen=True)
@@ -36,7 +44,8 @@ class Times:
     factor:float # Above 1: faster; below: slower
     def __post_init__(self):
         if not isinstance(self.factor,(int,float)) or not (isfinite(self.factor) and self.factor>0):
-            raise ValueError(f"the factor of the learning rate must be a positive number, got {self.factor!r}; with 0 young weights would never learn")
+            raise ValueError(f"the factor of the learning rate must be a positive number, got {self.factor!r}; "
+                             "with 0 young weights would never learn")
     def __call__(self,
         rates:YoungRates # Whose step comes
     )->list:             # A factor per growth
@@ -46,7 +55,7 @@ class Times:
 # %% ../../nbs/train/03_rates.ipynb #0000001a
 @dataclass(frozen=True)
 class NormRatio:
-    "Each generation learns `|W_t|/|W_0|` times as fast as the seed (Yuan et al. 2023): the more slowly, the smaller the growth."
+    "Each generation learns `|W_t|/|W_0|` times as fast as the seed (Yuan et al. 2023)."
     def __call__(self,
         rates:YoungRates # Whose step comes
     )->Tensor:           # A factor per growth
@@ -62,14 +71,15 @@ def _check_grown(old, new):
     for n in dict.fromkeys([*old,*new]):
         a,b = old.get(n),new.get(n)
         if a is None or b is None or len(a)!=len(b) or any(x>y for x,y in zip(a,b)):
-            raise ValueError(f"`{n}` was {a or 'not there'} and is {b or 'gone'}, which no growth does: make a new YoungRates for this model")
+            raise ValueError(f"`{n}` was {a or 'not there'} and is {b or 'gone'}, which no growth does: "
+                             "make a new YoungRates for this model")
 
 # %% ../../nbs/train/03_rates.ipynb #0000001d
 class YoungRates:
     "Scales what each optimizer step does to the weights that growth has added; `with rates: opt.step()`."
     def __init__(self,
-        model:nn.Module,                        # What it has now is the seed
-        rule:Callable[[YoungRates],list|Tensor] # `Times(factor)`, `NormRatio()`, or your own: a finite factor per growth, relative to the seed's learning rate
+        model:nn.Module, # What it has now is the seed
+        rule:RateRule    # `Times(factor)`, `NormRatio()`, or your own
     ):
         if isinstance(rule,type) or not callable(rule):
             raise TypeError(f"{rule!r} is no rule: pass an object such as Times(3.)")
@@ -87,7 +97,7 @@ class YoungRates:
 # %% ../../nbs/train/03_rates.ipynb #0000001f
 @patch
 def look(self:YoungRates):
-    "Notice a growth, if there was one since the last step; raises `ValueError` if the model has changed in another way."
+    "Notice a growth since the last step; raises `ValueError` if the model has changed in another way."
     now = _shapes(self.model)
     if now==self.shapes[-1]:
         return
@@ -117,7 +127,8 @@ def norms(self:YoungRates)->tuple: # Tensors `(growths,)`: of the young weights,
     for _,p,shapes in _grown(self):
         if p.dim()<2:
             continue
-        squares,added = _squares(p,shapes).to(young.device),torch.tensor([a!=b for a,b in zip(shapes,shapes[1:])], device=young.device)
+        squares = _squares(p,shapes).to(young.device)
+        added = torch.tensor([a!=b for a,b in zip(shapes,shapes[1:])], device=young.device)
         young,seed = young+squares.diff().clamp_min(0.),seed+squares[0]*added
     return young.sqrt(),seed.sqrt()
 
@@ -126,7 +137,8 @@ def _factors(self):
     "What the rule says for the present growths."
     factors = self.rule(self)
     if len(factors)!=self.growths:
-        raise ValueError(f"{self.rule!r} gave {len(factors)} factors after {self.growths} growths: one for each, relative to the seed")
+        raise ValueError(f"{self.rule!r} gave {len(factors)} factors after {self.growths} growths: "
+                         "one for each, relative to the seed")
     if not isinstance(factors,Tensor) and not all(isfinite(f) and f>=0 for f in factors):
         raise ValueError(f"{self.rule!r} gave the factors {list(factors)}: they must be finite and not negative")
     return factors
@@ -151,13 +163,14 @@ def before_step(self:YoungRates):
 @patch
 @torch.no_grad()
 def after_step(self:YoungRates):
-    "Scale the step that was taken since `before_step`; nothing if there was none. Raises `ValueError` if the model grew in between."
+    "Scale the step taken since `before_step`; raises `ValueError` if the model grew in between."
     kept,self._kept = self._kept or {},None
     for n,p in self.model.named_parameters():
         if n not in kept:
             continue
         if p.shape!=kept[n].shape:
-            raise ValueError(f"`{n}` has grown between before_step and after_step: put the optimizer's step inside `with rates`, and growth outside")
+            raise ValueError(f"`{n}` has grown between before_step and after_step: "
+                             "put the optimizer's step inside `with rates`, and growth outside")
         p.copy_(torch.lerp(kept[n], p, self._tables[n].to(p), out=kept[n]))
 
 # %% ../../nbs/train/03_rates.ipynb #00000025
@@ -182,8 +195,10 @@ def attach(self:YoungRates,
 )->tuple: # Handles of its two hooks; `remove()` takes one away
     "Scale every step of `opt` from now on."
     if not hasattr(opt,'register_step_post_hook'):
-        raise TypeError(f"a {type(opt).__name__} has no hooks: write `with rates: opt.step()`, or in fastai use YoungRatesCallback")
-    return opt.register_step_pre_hook(lambda *_: self.before_step()), opt.register_step_post_hook(lambda *_: self.after_step())
+        raise TypeError(f"a {type(opt).__name__} has no hooks: write `with rates: opt.step()`, "
+                        "or in fastai use YoungRatesCallback")
+    before = opt.register_step_pre_hook(lambda *_: self.before_step())
+    return before,opt.register_step_post_hook(lambda *_: self.after_step())
 
 # %% ../../nbs/train/03_rates.ipynb #00000033
 def _check_state(shapes, now):
@@ -191,7 +206,8 @@ def _check_state(shapes, now):
     last = shapes[-1] if shapes else {}
     wrong = [n for n in {**now,**last} if now.get(n)!=last.get(n)]
     if wrong:
-        raise ValueError(f"the state was saved when `{wrong[0]}` was {last.get(wrong[0],'not there')}, and it is {now.get(wrong[0],'gone')}: load the model's checkpoint first")
+        raise ValueError(f"the state was saved when `{wrong[0]}` was {last.get(wrong[0],'not there')}, "
+                         f"and it is {now.get(wrong[0],'gone')}: load the model's checkpoint first")
     for a,b in zip(shapes,shapes[1:]):
         _check_grown(a, b)
 
@@ -206,7 +222,7 @@ def state_dict(self:YoungRates)->dict:
 def load_state_dict(self:YoungRates,
     state:dict # From `state_dict`, of a model that was as wide as this one is now
 )->YoungRates:
-    "Go on where another one stopped; raises `ValueError` if the state belongs to another model or another width."
+    "Go on where another one stopped; raises `ValueError` if the state is of another model or another width."
     shapes = [{n:tuple(s) for n,s in d.items()} for d in state['shapes']]
     _check_state(shapes, _shapes(self.model))
     self.shapes,self._kept,self._now,self._tables = shapes,None,None,{}
