@@ -221,7 +221,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'gradmax_nb.core.sites._calls': ('core/sites.html#_calls', 'gradmax_nb/core/sites.py'),
                                        'gradmax_nb.core.sites._candidates': ('core/sites.html#_candidates', 'gradmax_nb/core/sites.py'),
                                        'gradmax_nb.core.sites._changed': ('core/sites.html#_changed', 'gradmax_nb/core/sites.py'),
-                                       'gradmax_nb.core.sites._const': ('core/sites.html#_const', 'gradmax_nb/core/sites.py'),
                                        'gradmax_nb.core.sites._consumes': ('core/sites.html#_consumes', 'gradmax_nb/core/sites.py'),
                                        'gradmax_nb.core.sites._declared_step': ( 'core/sites.html#_declared_step',
                                                                                  'gradmax_nb/core/sites.py'),

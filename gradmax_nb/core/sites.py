@@ -70,7 +70,8 @@ class Site:
         names = {n for n,_ in model.named_modules()}
         missing = [n for n in (self.name, *self.layers, *(r.name for r in self.links)) if n not in names]
         if missing:
-            raise ValueError(f"site `{self.name}` does not belong to this {type(model).__name__}: it has no layer `{missing[0]}`; call find_sites on this model")
+            raise ValueError(f"site `{self.name}` does not belong to this {type(model).__name__}: "
+                f"it has no layer `{missing[0]}`; call find_sites on this model")
         return self if self.model is model else replace(self, model=model)
 
 # %% ../../nbs/core/00_sites.ipynb #00000011
@@ -84,19 +85,33 @@ class Refusal:
 class _Refused(Exception): pass
 
 # %% ../../nbs/core/00_sites.ipynb #00000018
-_pointwise_layers = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish,
-    nn.Hardsigmoid, nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Identity, nn.PReLU}
-_dropouts = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
-_spatial_layers = {nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool1d, nn.LPPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d}
+_pointwise_layers = {
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
+    nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Threshold, nn.Identity}
+_dropouts = {
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
+_spatial_layers = {
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.LPPool1d, nn.LPPool2d,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d}
 
 # %% ../../nbs/core/00_sites.ipynb #00000019
-_math = 'relu tanh sigmoid exp sin cos erf square sqrt abs neg clamp clamp_min clamp_max maximum minimum where add sub mul div true_divide pow zeros_like ones_like ge gt le lt sign positive'.split()
-_pointwise_functions = {getattr(torch,n) for n in _math} | {getattr(operator,n) for n in 'add sub mul truediv neg pow ge gt le lt iadd isub imul'.split()} | {F.relu, torch.relu_, F.relu6, F.leaky_relu,
-    F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, torch.tanh, F.tanh, F.sigmoid, F.softplus, F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid, F.logsigmoid, F.tanhshrink, F.softshrink, F.hardshrink, F.threshold}
-_pointwise_methods = set(_math) | {'relu_','tanh_','sigmoid_','clamp_','contiguous','float','double','to','clone','detach','add_','mul_'} - {'where','detach'}
-_spatial_functions = {F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+_math = '''relu tanh sigmoid exp sin cos erf square sqrt abs neg clamp clamp_min clamp_max maximum minimum where
+    add sub mul div true_divide pow zeros_like ones_like ge gt le lt sign positive'''.split()
+_operators = 'add sub mul truediv neg pow ge gt le lt iadd isub imul'.split()
+_pointwise_functions = {getattr(torch,n) for n in _math} | {getattr(operator,n) for n in _operators} | {
+    F.relu, torch.relu_, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish,
+    torch.tanh, F.tanh, F.sigmoid, F.logsigmoid, F.softplus, F.softsign, F.hardtanh, F.hardswish, F.hardsigmoid,
+    F.tanhshrink, F.softshrink, F.hardshrink, F.threshold}
+_pointwise_methods = set(_math) | {
+    'relu_', 'tanh_', 'sigmoid_', 'clamp_', 'contiguous', 'float', 'double', 'to', 'clone', 'add_', 'mul_'}
+_spatial_functions = {
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.interpolate, F.pad}
 
 # %% ../../nbs/core/00_sites.ipynb #0000001a
@@ -143,14 +158,16 @@ def _spatial(o):
     "Rule of operations that expect channels on axis 1 and work on the axes behind it."
     spot = _one_spot(o)
     if spot.axis!=1 or len(o.shape)<3 or spot.features>1:
-        raise _Refused(f"`{o.node.name}` works along axis 1 of a {len(o.shape)}-dimensional tensor, where this layer's neurons are not")
+        raise _Refused(f"`{o.node.name}` works along axis 1 of a {len(o.shape)}-dimensional tensor, "
+            "where this layer's neurons are not")
     return spot.axis,spot.features
 
 def _norm(o):
     "Rule of BatchNorm, InstanceNorm and PReLU: channels on axis 1, flattened or not."
     spot = _one_spot(o)
     if spot.axis!=1:
-        raise _Refused(f"`{o.node.target}` ({type(o.layer).__name__}) has one parameter for each place along axis 1, where this layer's neurons are not")
+        raise _Refused(f"`{o.node.target}` ({type(o.layer).__name__}) has one parameter for each place along axis 1, "
+            "where this layer's neurons are not")
     return spot.axis,spot.features
 
 # %% ../../nbs/core/00_sites.ipynb #0000001f
@@ -161,7 +178,8 @@ def _reshape(o):
         return spot.axis,spot.features
     if spot.axis==1 and len(o.out)==2 and o.out[0]==o.shape[0] and len(o.shape)>2:
         return 1, spot.features*(o.out[1]//o.shape[1])
-    raise _Refused(f"`{o.node.name}` reshapes {tuple(o.shape)} to {tuple(o.out)}, which does not keep each neuron's values together; flatten everything behind axis 1 instead")
+    raise _Refused(f"`{o.node.name}` reshapes {tuple(o.shape)} to {tuple(o.out)}, which does not keep each neuron's "
+        "values together; flatten everything behind axis 1 instead")
 
 # %% ../../nbs/core/00_sites.ipynb #00000020
 def _dims(o):
@@ -203,24 +221,32 @@ def _unsqueeze(o):
     return spot.axis + (dim%(len(o.shape)+1)<=spot.axis), spot.features
 
 _reshapes = {torch.flatten, torch.reshape, nn.Flatten, 'flatten', 'view', 'reshape'}
-_rules = {op:_mean for op in (torch.mean,'mean',torch.sum,'sum',torch.amax,'amax',torch.amin,'amin')} | {torch.unsqueeze:_unsqueeze, 'unsqueeze':_unsqueeze, torch.permute:_permute, 'permute':_permute, torch.transpose:_transpose, 'transpose':_transpose, torch.squeeze:_squeeze, 'squeeze':_squeeze}
+_rules = {op:_mean for op in (torch.mean, 'mean', torch.sum, 'sum', torch.amax, 'amax', torch.amin, 'amin')} | {
+    torch.unsqueeze:_unsqueeze, 'unsqueeze':_unsqueeze, torch.squeeze:_squeeze, 'squeeze':_squeeze,
+    torch.permute:_permute, 'permute':_permute, torch.transpose:_transpose, 'transpose':_transpose}
 
 # %% ../../nbs/core/00_sites.ipynb #00000024
 _sums = {torch.add, operator.add, operator.iadd, 'add', 'add_', torch.sub, operator.sub, 'sub'}
 _products = {torch.mul, operator.mul, operator.imul, 'mul', 'mul_', torch.div, operator.truediv, 'div'}
 _joins = {torch.cat, torch.concat, torch.stack}
-_splits = {torch.chunk, torch.split, torch.unbind, torch.tensor_split, 'chunk', 'split', 'unbind', 'tensor_split', F.glu}
+_splits = {
+    torch.chunk, torch.split, torch.unbind, torch.tensor_split, 'chunk', 'split', 'unbind', 'tensor_split', F.glu}
 _norms = {F.layer_norm, F.group_norm, F.local_response_norm, F.normalize}
-_softmaxes = {F.softmax, torch.softmax, 'softmax', F.log_softmax, torch.log_softmax, 'log_softmax', nn.Softmax, nn.LogSoftmax, nn.Softmax2d}
+_softmaxes = {
+    F.softmax, torch.softmax, 'softmax', F.log_softmax, torch.log_softmax, 'log_softmax',
+    nn.Softmax, nn.LogSoftmax, nn.Softmax2d}
 
 def _mixture(o):
     "Why an operation with tensors from elsewhere ends the walk."
     if o.what in _sums:
-        return f"feeds the addition `{o.node.name}` together with other channels (a residual stream): every writer and consumer of that sum would have to grow at once; grow a layer inside the branch instead"
+        return (f"feeds the addition `{o.node.name}` together with other channels (a residual stream): every writer "
+            "and consumer of that sum would have to grow at once; grow a layer inside the branch instead")
     if o.what in _products:
-        return f"is multiplied in `{o.node.name}` by channels that come from elsewhere, which would have to grow at once; grow a layer inside one of the branches instead"
+        return (f"is multiplied in `{o.node.name}` by channels that come from elsewhere, which would have to grow "
+            "at once; grow a layer inside one of the branches instead")
     if o.what in _joins:
-        return f"is concatenated with other channels in `{o.node.name}`: its neurons would land in the middle of the consumer's inputs; grow a layer inside the branch instead"
+        return (f"is concatenated with other channels in `{o.node.name}`: its neurons would land in the middle of "
+            "the consumer's inputs; grow a layer inside the branch instead")
     if o.what in _norms:
         return _unknown(o)
     return f"meets tensors from elsewhere in `{o.node.name}` ({_label(o.what)}), which its new neurons do not have"
@@ -230,25 +256,34 @@ def _label(what): return what if isinstance(what, str) else getattr(what, '__nam
 
 def _unknown(o):
     "Why an operation without a rule ends the walk."
-    where = f"`{o.node.target}` ({type(o.layer).__name__})" if o.layer is not None else f"`{o.node.name}` ({_label(o.what)})"
+    name,what = (o.node.name,o.what) if o.layer is None else (o.node.target,type(o.layer))
+    where = f"`{name}` ({_label(what)})"
     if isinstance(o.layer, (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)) or o.what in _norms:
-        return f"feeds {where}, which normalises across channels: new ones would change the old ones' output; use BatchNorm, or grow a layer that does not feed it"
+        return (f"feeds {where}, which normalises across channels: new ones would change the old ones' output; "
+            "use BatchNorm, or grow a layer that does not feed it")
     if isinstance(o.layer, _ConvNd):
-        return f"feeds the grouped convolution {where}, whose groups would be cut differently; grow a layer that does not feed it"
+        return (f"feeds the grouped convolution {where}, whose groups would be cut differently; "
+            "grow a layer that does not feed it")
     if o.what in _softmaxes:
         return f"feeds {where}, which mixes its neurons"
     if o.what in _joins:
-        return f"is concatenated in {where}: its neurons would land in the middle of the consumer's inputs; grow a layer that does not feed it"
+        return (f"is concatenated in {where}: its neurons would land in the middle of the consumer's inputs; "
+            "grow a layer that does not feed it")
     if o.what in _splits:
         return f"is split in {where} by position: new neurons would move the cut; grow a layer that does not feed it"
-    return f"feeds {where}, which is not known to treat each neuron by itself; if it does, declare it with `register_pointwise`"
+    return (f"feeds {where}, which is not known to treat each neuron by itself; "
+        "if it does, declare it with `register_pointwise`")
 
 # %% ../../nbs/core/00_sites.ipynb #00000027
 def _depthwise(m): return isinstance(m, _ConvNd) and not m.transposed and m.groups==m.in_channels==m.out_channels
 
 def _prelu(m): return isinstance(m, nn.PReLU) and m.num_parameters>1
 
-def _taught(m): return m is not None and not isinstance(m, nn.PReLU) and extension.dispatch(type(m)) not in (extension.dispatch(object), extension.dispatch(_ConvNd))
+def _taught(m):
+    "True for layers whose `extension` was registered from outside."
+    if m is None or isinstance(m, nn.PReLU):
+        return False
+    return extension.dispatch(type(m)) not in (extension.dispatch(object), extension.dispatch(_ConvNd))
 
 def _has_channels(m): return isinstance(m, (_BatchNorm,_InstanceNorm)) or _depthwise(m) or _prelu(m)
 
@@ -259,7 +294,8 @@ def _position(o):
     if _depthwise(o.layer):
         return _spatial(o)
     if _is_pointwise(o) or _is_dropout(o) or _taught(o.layer):
-        return (lambda s: (s.axis,s.features))(_one_spot(o))
+        spot = _one_spot(o)
+        return spot.axis,spot.features
     if o.what in _reshapes:
         return _reshape(o)
     if o.what in _rules:
@@ -278,18 +314,25 @@ class _Method:
 
 def _step(o, refs):
     "The step that repeats operation `o` on new channels."
-    arg = lambda a: fx.node.map_arg(a, lambda n: refs[n] if n in refs else _const(o, n))
-    fn = torch.flatten if o.what in _reshapes and o.layer is None else _Method(o.what) if isinstance(o.what, str) else o.what
-    layer = o.node.target if o.layer is not None else None
-    args,kwargs = ((arg(o.node.args[0]), 1),{}) if fn is torch.flatten else (arg(o.node.args), arg(o.node.kwargs))
-    return Step(o.node.name, layer, None if layer else fn, tuple(args), dict(kwargs), _is_pointwise(o) and not _has_channels(o.layer), o.spots[0].features)
-
-def _const(o, n):
-    raise _Refused(f"`{o.node.name}` depends on `{n.name}`, which is computed elsewhere")
+    def ref(n):
+        if n not in refs:
+            raise _Refused(f"`{o.node.name}` depends on `{n.name}`, which is computed elsewhere")
+        return refs[n]
+    layer,fn,args,kwargs = None,o.what,o.node.args,o.node.kwargs
+    if o.layer is not None:
+        layer,fn = o.node.target,None
+    elif o.what in _reshapes:
+        fn,args,kwargs = torch.flatten, (args[0],1), {}
+    elif isinstance(o.what, str):
+        fn = _Method(o.what)
+    args,kwargs = fx.node.map_arg((args,kwargs), ref)
+    local = _is_pointwise(o) and not _has_channels(o.layer)
+    return Step(o.node.name, layer, fn, tuple(args), dict(kwargs), local, o.spots[0].features)
 
 # %% ../../nbs/core/00_sites.ipynb #0000002a
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m, name): return super().is_leaf_module(m, name) or _taught(m) or type(m) in _pointwise_layers
+    def is_leaf_module(self, m, name):
+        return super().is_leaf_module(m, name) or _taught(m) or type(m) in _pointwise_layers
 
 class _Shapes(fx.Interpreter):
     def run_node(self, n):
@@ -298,7 +341,9 @@ class _Shapes(fx.Interpreter):
         return out
 
 # %% ../../nbs/core/00_sites.ipynb #0000002b
-def _own_draws(): return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else [])
+def _own_draws():
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if in_use else [])
 
 def as_inputs(
     xb # Example input: a tensor, or a tuple or list of positional inputs
@@ -308,7 +353,7 @@ def as_inputs(
 
 # %% ../../nbs/core/00_sites.ipynb #0000002c
 def _graphs(model):
-    "Symbolic graphs of evaluation and training mode, those that can be recorded; if none can, the first error is raised."
+    "Symbolic graphs of evaluation and training mode, as far as they can be recorded; if none can, the first error."
     graphs,errors = [],[]
     for mode in (False,True):
         try:
@@ -346,7 +391,8 @@ def _untraced(model, xb, e):
         with evaluating(model):
             model(*as_inputs(xb))
     except Exception as e:
-        return f"the model could not be run with this input ({_said(e)}); give one example as the model gets it in training: a tensor, or a tuple of positional inputs"
+        return (f"the model could not be run with this input ({_said(e)}); "
+            "give one example as the model gets it in training: a tensor, or a tuple of positional inputs")
     return f"the model runs, but cannot be traced ({_said(e)}); declare sites by hand with `declare_site`"
 
 # %% ../../nbs/core/00_sites.ipynb #00000030
@@ -364,7 +410,8 @@ def _kind(m):
     if torch.nn.utils.parametrize.is_parametrized(m) or (type(m) in _growable and 'weight' not in m._parameters):
         return "has a parametrized weight; remove the parametrization before growing"
     if type(m) not in _growable:
-        return f"is a {name}, which cannot be widened: only nn.Linear and nn.Conv1d/2d/3d themselves produce and read neurons"
+        return (f"is a {name}, which cannot be widened: "
+            "only nn.Linear and nn.Conv1d/2d/3d themselves produce and read neurons")
 
 _growable = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 
@@ -373,13 +420,15 @@ def _problems(model, graph):
     "Layer name -> why it cannot take part in growth by itself."
     calls = Counter(id(model.get_submodule(n.target)) for n in graph.nodes if n.op=='call_module')
     named = {n.target for n in graph.nodes if n.op=='call_module' and not n.args}
-    owners = Counter(id(p) for m in {id(m):m for m in model.modules()}.values() for p in m._parameters.values() if p is not None)
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     read = {n.target.rpartition('.')[0] for n in graph.nodes if n.op=='get_attr'}
     out = {}
     for name,m in model.named_modules(remove_duplicate=False):
         own = [p for p in m._parameters.values() if p is not None]
         if not name:
-            out[name] = "is the whole model, whose width the task decides" if type(m) in _growable else f"{type(m).__name__} holds a parameter of its own, which no layer reads"
+            whole = "is the whole model, whose width the task decides"
+            out[name] = whole if type(m) in _growable else (
+                f"{type(m).__name__} holds a parameter of its own, which no layer reads")
         elif _kind(m) and not _has_channels(m):
             out[name] = _kind(m)
         elif name in named:
@@ -394,7 +443,7 @@ def _problems(model, graph):
 
 # %% ../../nbs/core/00_sites.ipynb #00000032
 def _consumes(o, problem):
-    "Spread if operation `o` is a layer that reads the neurons, None if it is not; raises if it cannot be widened."
+    "Features per neuron if operation `o` is a layer that reads the neurons, else None; raises if it cannot be widened."
     if not isinstance(o.layer, (nn.Linear,_ConvNd)) or _depthwise(o.layer):
         return None
     if isinstance(o.layer, _ConvNd) and o.layer.groups>1:
@@ -412,7 +461,8 @@ def _operation(model, n, spots):
     "View node `n` as an operation; `spots` holds the path tensors known so far."
     layer = model.get_submodule(n.target) if n.op=='call_module' else None
     inputs = [a for a in n.all_input_nodes if a in spots]
-    return _Operation(n, layer, n.target if layer is None else type(layer), [spots[a] for a in inputs], inputs[0].meta['shape'], n.meta['shape'])
+    what = n.target if layer is None else type(layer)
+    return _Operation(n, layer, what, [spots[a] for a in inputs], inputs[0].meta['shape'], n.meta['shape'])
 
 # %% ../../nbs/core/00_sites.ipynb #00000034
 def _walk(model, start, problems):
@@ -445,7 +495,8 @@ def _follow(o, path, refs, problems):
     if o.out is None and o.what in _splits:
         raise _Refused(_unknown(o))
     if o.out is None:
-        raise _Refused(f"gives `{o.node.name}` something that is no tensor ({_label(o.what)}); its value would change with the width")
+        raise _Refused(f"gives `{o.node.name}` something that is no tensor ({_label(o.what)}); "
+            "its value would change with the width")
     if o.layer is not None and o.node.target in problems and _has_channels(o.layer):
         raise _Refused(f"passes `{o.node.target}`, which {problems[o.node.target]}")
     axis,features = _position(o)
@@ -457,7 +508,9 @@ def _follow(o, path, refs, problems):
 # %% ../../nbs/core/00_sites.ipynb #00000037
 def _is_shape_arithmetic(n):
     "True for `size`, `shape` and arithmetic on them that only ends in reshapes."
-    return n.meta['shape'] is None and n.op!='output' and all(u.target in _reshapes or _is_shape_arithmetic(u) for u in n.users)
+    if n.meta['shape'] is not None or n.op=='output':
+        return False
+    return all(u.target in _reshapes or _is_shape_arithmetic(u) for u in n.users)
 
 # %% ../../nbs/core/00_sites.ipynb #00000039
 @dataclass(frozen=True)
@@ -555,12 +608,12 @@ def apply_extension(
 
 # %% ../../nbs/core/00_sites.ipynb #00000041
 def run_path(
-    site:Site,      # Where
-    z:torch.Tensor, # Outputs of the producer for `k` new neurons: `(n, k, ...)`, or `(..., k)` for a Linear
-    extensions:dict,      # Layer name -> extension with `k` channels, see `make_extensions`; a layer without one is used itself
-    offsets:dict=None,# Layer name -> constant added to that layer's output
-    cuts:dict=None  # Layer name -> function of its input and output that gives what goes on instead
-)->list:            # What each consumer would receive from the new neurons
+    site:Site,         # Where
+    z:torch.Tensor,    # Outputs of the producer for `k` new neurons: `(n, k, ...)`, or `(..., k)` for a Linear
+    extensions:dict,   # Layer name -> extension with `k` channels, see `make_extensions`; without one the layer is used
+    offsets:dict=None, # Layer name -> constant added to that layer's output
+    cuts:dict=None     # Layer name -> function of its input and output that gives what goes on instead
+)->list:               # What each consumer would receive from the new neurons
     "The channel-wise path between producer and consumers, for new neurons only."
     offsets,cuts = offsets or {},cuts or {}
     values = [z.clone()] # a clone, because activations may work in place
@@ -584,23 +637,27 @@ def _wrong_path(site, seen):
     if 0 not in seen:
         return f"`{site.name}` is not called in evaluation mode with this input, so growth there cannot be tried"
     if len(seen)==1:
-        return f"`{names[0]}` is not called in evaluation mode with this input" # of several consumers, some may be for training only
+        # of several consumers, some may be for training only
+        return f"`{names[0]}` is not called in evaluation mode with this input"
     try:
         values = run_path(site, seen[0], {})
     except Exception as e:
         return f"its path to {', '.join(f'`{n}`' for n in names)} failed: {_said(e)}"
     wrong = [n for i,(n,a) in enumerate(zip(names,values),1) if i in seen and _differs(a,seen[i])]
     if wrong:
-        return f"`{wrong[0]}` gets something else than the path makes of `{site.name}`'s output: an operation, a hook or a layer in between is missing or wrong"
+        return (f"`{wrong[0]}` gets something else than the path makes of `{site.name}`'s output: "
+            "an operation, a hook or a layer in between is missing or wrong")
 
 # %% ../../nbs/core/00_sites.ipynb #00000045
 def _changed(before, after):
     "What growing changed, or None."
     for a,b in zip(before,after):
+        a,b = (t.to(torch.float32) if t.dtype==torch.bool else t for t in (a,b))
         if a.shape!=b.shape:
             return f"growing there changed an output's shape from {tuple(a.shape)} to {tuple(b.shape)}"
-        if _differs(b.to(torch.float32) if b.dtype==torch.bool else b, a.to(torch.float32) if a.dtype==torch.bool else a):
-            return f"growing there changed the model's output by {_size(b.to(a)-a):.1e} (its size is {_size(a):.1e}), so something else reads the new neurons"
+        if _differs(b, a):
+            return (f"growing there changed the model's output by {_size(b.to(a)-a):.1e} (its size is {_size(a):.1e}), "
+                "so something else reads the new neurons")
 
 def _incomparable(before):
     "Why nothing can be concluded from this output, or None."
@@ -635,7 +692,8 @@ def _unchanged(model, sites, xb):
         except Exception as e:
             return f"growing a copy of the model there failed: {_said(e)}"
 
-_proof_tolerance = 1e-4 # relative; rounding of a deep float32 network stays well below, a forgotten consumer of 10-sigma neurons well above
+# relative; rounding of a deep float32 network stays well below, a forgotten consumer of 10-sigma neurons well above
+_proof_tolerance = 1e-4
 
 # %% ../../nbs/core/00_sites.ipynb #00000047
 def check_site(
@@ -652,12 +710,20 @@ def check_site(
 # %% ../../nbs/core/00_sites.ipynb #00000049
 def _candidates(model):
     "Names of all layers with a weight that somebody might want to grow."
-    return [n for n,m in model.named_modules() if any(p is not None and p.dim()>1 for p in m._parameters.values()) or _kind(m) and 'quantized' in _kind(m) or torch.nn.utils.parametrize.is_parametrized(m)]
+    def has_weight(m):
+        if torch.nn.utils.parametrize.is_parametrized(m) or 'quantized' in (_kind(m) or ''):
+            return True
+        return any(p is not None and p.dim()>1 for p in m._parameters.values())
+    return [n for n,m in model.named_modules() if has_weight(m)]
 
 def _uncalled(model, name):
     owner = name.rpartition('.')[0]
-    inside = f"it is used inside `{owner}` ({type(model.get_submodule(owner)).__name__}), whose forward is not traced" if owner else "the forward pass does not call it"
-    return f"is never called as a layer: {inside}; declare the site by hand with `declare_site` if its neurons are read by one layer"
+    inside = "the forward pass does not call it"
+    if owner:
+        kind = type(model.get_submodule(owner)).__name__
+        inside = f"it is used inside `{owner}` ({kind}), whose forward is not traced"
+    return (f"is never called as a layer: {inside}; "
+        "declare the site by hand with `declare_site` if its neurons are read by one layer")
 
 # %% ../../nbs/core/00_sites.ipynb #0000004a
 def _prove(model, sites, xb):
@@ -705,17 +771,21 @@ def _try(model, name, nodes, problems, found, refused):
 def _declared_step(model, i, p, width):
     "Step `i+1` of a declared path, which applies the layer name or function `p` to what `width` neurons have become."
     if not isinstance(p, str):
-        return Step(_label(p), None, p, (Ref(i),1) if p is torch.flatten else (Ref(i),), {}, p in _pointwise_functions)
-    layer = model.get_submodule(p)
-    features = next((len(t) for t in (*layer.parameters(),*layer.buffers()) if t.dim()), width) if _has_channels(layer) else width
-    return Step(p, p, None, (Ref(i),), {}, type(layer) in _pointwise_layers and not _has_channels(layer), features//width)
+        args = (Ref(i),1) if p is torch.flatten else (Ref(i),)
+        return Step(_label(p), None, p, args, {}, p in _pointwise_functions)
+    layer,features = model.get_submodule(p),width
+    if _has_channels(layer):
+        features = next((len(t) for t in (*layer.parameters(),*layer.buffers()) if t.dim()), width)
+    local = type(layer) in _pointwise_layers and not _has_channels(layer)
+    return Step(p, p, None, (Ref(i),), {}, local, features//width)
 
 def _known(model, names):
     "Raise `ValueError` for a name that is no layer of `model`."
     layers = [n for n,_ in model.named_modules() if n]
     for n in names:
         if n not in layers:
-            raise ValueError(f"{type(model).__name__} has no layer `{n}`; its layers are {', '.join(layers[:20])}{' ...' if len(layers)>20 else ''}")
+            some = ', '.join(layers[:20]) + (' ...' if len(layers)>20 else '')
+            raise ValueError(f"{type(model).__name__} has no layer `{n}`; its layers are {some}")
 
 # %% ../../nbs/core/00_sites.ipynb #00000079
 def declare_site(
@@ -728,10 +798,12 @@ def declare_site(
     if not path or not isinstance(path[-1], str):
         raise ValueError(f"declare_site needs the name of the layer that reads `{producer}`, as its last argument")
     _known(model, [producer, *(p for p in path if isinstance(p,str))])
-    *between,consumer = (p for p in path if not (isinstance(p,str) and type(model.get_submodule(p)) in _dropouts or p in _dropouts))
+    def drops(p): return (type(model.get_submodule(p)) if isinstance(p,str) else p) in _dropouts
+    *between,consumer = (p for p in path if not drops(p))
     for name in (producer,consumer):
         if _kind(model.get_submodule(name)):
             raise ValueError(f"`{name}` {_kind(model.get_submodule(name))}")
     width = model.get_submodule(producer).weight.shape[0]
+    steps = tuple(_declared_step(model,i,p,width) for i,p in enumerate(between))
     links = (Link(consumer, Ref(len(between)), model.get_submodule(consumer).weight.shape[1]//width),)
-    return check_site(model, Site(producer, tuple(_declared_step(model,i,p,width) for i,p in enumerate(between)), links, model), xb)
+    return check_site(model, Site(producer, steps, links, model), xb)
