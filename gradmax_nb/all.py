@@ -15,6 +15,7 @@ from .train.callback import *
 from .train.watching import *
 from .train.young_rates import *
 from .train.checkpoint import *
+from .train.resume import *
 from .train.learner import *
 from .show.figures import *
 from .show.dashboard import *

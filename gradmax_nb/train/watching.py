@@ -12,7 +12,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from ..model.untouched import untouched, unwrapped
-from .callback import GrowthCallback, growth_log, growth_loss
+from .batches import growth_log, growth_loss
+from .callback import GrowthCallback
 from .checks import (Draws, Unrepeatable, change, firing, growth_draws, keeps_output, moved,
                                      outputs, single_precision)
 from .growth import new_gradients
