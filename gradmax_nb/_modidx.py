@@ -1939,6 +1939,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'gradmax_nb/train/watching.py'),
                                            'gradmax_nb.train.watching.GrowthCheck.before_growth': ( 'train/watching.html#growthcheck.before_growth',
                                                                                                     'gradmax_nb/train/watching.py'),
+                                           'gradmax_nb.train.watching.GrowthCheck.flops': ( 'train/watching.html#growthcheck.flops',
+                                                                                            'gradmax_nb/train/watching.py'),
                                            'gradmax_nb.train.watching.GrowthCheck.load_state_dict': ( 'train/watching.html#growthcheck.load_state_dict',
                                                                                                       'gradmax_nb/train/watching.py'),
                                            'gradmax_nb.train.watching.GrowthCheck.pending': ( 'train/watching.html#growthcheck.pending',

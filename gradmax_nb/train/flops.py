@@ -35,7 +35,7 @@ def _ghost(model):
     return deepcopy(model, memo).train()
 
 # %% ../../nbs/train/02_flops.ipynb #000000d5
-def _conv_backward(grad, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, mask, out_shape=None):
+def _conv_backward(grad, x, w, bias, stride, padding, dilation, transposed, out_padding, groups, mask, out_shape=None):
     "FLOPs of a convolution's gradients: those of its forward pass for the input's, and again for the weight's."
     return sum(map(bool, mask[:2]))*2*prod(x if transposed else grad)*prod(w[1:])
 
@@ -77,7 +77,7 @@ def _step(model, xb, loss_func):
 def step_flops(
     model:nn.Module, # Model; layers with `requires_grad=False` get no gradient
     xb,              # Example input, of the batch size of training: a tensor, or a tuple of them
-    loss_func=None   # Loss as a function of the output alone; None: any pointwise loss, which has no FLOPs that are counted
+    loss_func=None   # Loss as a function of the output; None: any pointwise one, which has no FLOPs that are counted
 )->int:
     "FLOPs of one training step, forward and backward; nothing is computed where the model allows it."
     model = unwrapped(model)

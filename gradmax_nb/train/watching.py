@@ -73,14 +73,16 @@ class GrowthCheck(Callback):
         every:int=1,   # Check every so many growths
         times:int=None # Number of growths in all, the last of which is checked in any case; None: not known
     ):
-        self.every,self.times,self.rows,self.growths,self.flops = every,times,[],0,0
+        self.every,self.times,self.rows,self.growths,self._spent = every,times,[],0,0
         self._before,self._open,self._skipped,self._warned = None,[],False,False
 
     @property
     def pending(self)->bool: return bool(self._open) # a check waits for the next step
-    def state_dict(self)->dict: return dict(rows=[dict(r) for r in self.rows], growths=self.growths, flops=self.flops)
+    @property
+    def flops(self)->int: return self._spent # of checking; a property, since `learn.flops` is another callback
+    def state_dict(self)->dict: return dict(rows=[dict(r) for r in self.rows], growths=self.growths, flops=self._spent)
     def load_state_dict(self, state:dict):
-        self.rows,self.growths,self.flops = [dict(r) for r in state['rows']],state['growths'],state.get('flops',0)
+        self.rows,self.growths,self._spent = [dict(r) for r in state['rows']],state['growths'],state.get('flops',0)
         self._open = []
     def _model(self): return unwrapped(get_model(self.learn.model))
     def after_cancel_growth(self): self._before = None
@@ -92,7 +94,7 @@ def _booked(self:GrowthCheck):
     "Count what checking computes in `flops`."
     with flop_counter() as counter:
         yield
-    self.flops += counter.get_total_flops()
+    self._spent += counter.get_total_flops()
 
 @patch
 def _measuring(self:GrowthCheck):
