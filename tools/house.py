@@ -71,11 +71,11 @@ def arrows(order):
     "Imports of later modules, and of private names"
     for i, module in enumerate(order):
         for other, names in imported(module):
-            targets = (
-                [n for n in order if n == other or n.startswith(f'{other}.')]
-                if other
-                else [n for n in names if n in order]
-            )
+            if other in order:
+                targets = [other]
+            else:  # names are modules of a wing, or what its `__init__` passes on
+                named = [o for n in names if (o := f'{other}.{n}'.strip('.')) in order]
+                targets = named or [o for o in order if other and o.startswith(f'{other}.')]
             late = [n for n in targets if order.index(n) >= i]
             if other == '' and names == ['__version__']:
                 continue

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from ..core.measure import growth_matrix_of, measure
 from ..core.sites import find_sites
-from .records import hardware, versions, write_text
+from .run import hardware, versions
+from ..train.packing import write_atomically
 from .zoo import wide_resnet
 from ..methods import GradMax
 from ..train.growth import grow, measured_norm
@@ -150,7 +151,7 @@ def main(
     a = p.parse_args(args)
     result = run_cost(repeats=a.repeats, seed=a.seed, watch=lambda r: print(_line(r), flush=True))
     if a.out:
-        write_text(a.out, json.dumps(result, indent=1)+'\n')
+        write_atomically(a.out, json.dumps(result, indent=1)+'\n')
 
 # %% ../../nbs/experiments/08_cost.ipynb #000000b9
 if __name__=='__main__':

@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from joblib import Parallel, delayed
-from .records import hardware, versions, write_text
+from .run import hardware, versions
+from ..train.packing import write_atomically
 from .student_teacher import (COLOURED, LARGE, NOTEBOOK, SMALL, Setting, Task, White, contenders,
     extended, growth_flops, student_losses, restarts, travel)
 from ..show.students import curves, digits, lasting, table, write_figures
@@ -102,7 +103,7 @@ def run_study(
         settings[s.name] = run_setting(study, s, processes, show)
         settings[s.name]['wall_seconds'] = round(time.time()-began, 1)
         results = dict(versions=versions(), hardware=hardware(), processes=processes, settings=settings)
-        write_text(path, json.dumps(results)+'\n')
+        write_atomically(path, json.dumps(results)+'\n')
     return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../../nbs/experiments/05a_study.ipynb #0000014f

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_train_arguments', 'setup_of', 'Stopped', 'Stop', 'Lines', 'one_run', 'train_command', 'main']
 
-# %% ../../nbs/experiments/09_train.ipynb #0000007e
+# %% ../../nbs/experiments/09_train.ipynb #000000d4
 import argparse
 import json
 import signal
@@ -23,13 +23,14 @@ from fastprogress.fastprogress import format_time
 from .data import Patterns, load_images
 from .recipe import Autocast, Compiled, Corner, Eager, FullPrecision, Setup, contenders, recipes
 from .report import collect, runs_of, table
-from .run import check_folder, result_of, run, write_text
+from .run import check_folder, result_of, run
 from .sweep import Unfinished, sweep
 from ..methods import FixedLength
+from ..train.packing import write_atomically
 from ..train.rates import Times
 from ..train.schedules import RoundRobin
 
-# %% ../../nbs/experiments/09_train.ipynb #00000081
+# %% ../../nbs/experiments/09_train.ipynb #000000d7
 def _whole(text):
     "A whole number of at least 1."
     if not text.isdecimal() or int(text)<1:
@@ -46,7 +47,7 @@ def _positive(text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
     return value
 
-# %% ../../nbs/experiments/09_train.ipynb #00000082
+# %% ../../nbs/experiments/09_train.ipynb #000000d8
 def add_train_arguments(
     p:argparse.ArgumentParser # Of the command
 ):
@@ -63,7 +64,7 @@ def add_train_arguments(
 _layout = 'FOLDER/train/CLASS/ and FOLDER/test/CLASS/ (or val/, valid/)'
 _seeded = 'first weights, order of the pictures, growth batches; in a sweep the first of the seeds'
 
-# %% ../../nbs/experiments/09_train.ipynb #00000083
+# %% ../../nbs/experiments/09_train.ipynb #000000d9
 def _add_recipe(g):
     g.add_argument('--epochs', type=_whole, metavar='N', help='passes over the training pictures (200; mobilenet 90)')
     g.add_argument('--batch-size', type=_whole, metavar='N', help='pictures in a step (128; mobilenet 512)')
@@ -80,7 +81,7 @@ def _add_recipe(g):
 
 _times = "in multiples of the old ones'"
 
-# %% ../../nbs/experiments/09_train.ipynb #00000084
+# %% ../../nbs/experiments/09_train.ipynb #000000da
 def _add_machine(g):
     g.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
     g.add_argument('--threads', type=_whole, metavar='N', help='processor threads of each run (1)', default=1)
@@ -97,7 +98,7 @@ def _add_sweep(g):
     g.add_argument('--seeds', type=_whole, metavar='N', help='so many seeds, from --seed on (3)')
     g.add_argument('--jobs', type=_whole, metavar='N', help='runs at the same time (1)')
 
-# %% ../../nbs/experiments/09_train.ipynb #00000086
+# %% ../../nbs/experiments/09_train.ipynb #000000dc
 def setup_of(
     args,            # Parsed arguments
     method:str=None, # None: the one in the arguments
@@ -120,7 +121,7 @@ def setup_of(
     return Setup(replace(r,**given), method, seed, args.norm, args.equal_flops, precision, engine,
         not args.no_channels_last, args.check_every)
 
-# %% ../../nbs/experiments/09_train.ipynb #0000008a
+# %% ../../nbs/experiments/09_train.ipynb #000000e0
 def _device(args):
     name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -147,7 +148,7 @@ def _heeded(args, names):
         options = ' and '.join('--'+o.replace('_','-') for o in words)
         raise ValueError(f"{options} would change nothing {why}")
 
-# %% ../../nbs/experiments/09_train.ipynb #0000008e
+# %% ../../nbs/experiments/09_train.ipynb #000000e4
 class Stopped(KeyboardInterrupt):
     "The run was asked to stop, and can go on from its checkpoint."
 
@@ -175,7 +176,7 @@ class Stop(Callback):
         elif written!=self._seen:
             raise Stopped(f"stopped after step {self.learn.train_iter} of {plan.steps}")
 
-# %% ../../nbs/experiments/09_train.ipynb #00000090
+# %% ../../nbs/experiments/09_train.ipynb #000000e6
 class Lines(Callback):
     "A line for each epoch."
     order = 90
@@ -193,7 +194,7 @@ class Lines(Callback):
         print(f"{s.method} seed {s.seed}, width {width:.2f}, test {e['accuracy']:.1f} %, {self.left()} left, "
             f"epoch {e['epoch']} of {c.epochs}, training loss {e['train_loss']:.4f}", flush=True)
 
-# %% ../../nbs/experiments/09_train.ipynb #00000091
+# %% ../../nbs/experiments/09_train.ipynb #000000e7
 @cache
 def _pictures(data, size, folder):
     "The pictures, read once in each process."
@@ -215,7 +216,7 @@ def one_run(
     finally:
         torch.set_num_threads(before)
 
-# %% ../../nbs/experiments/09_train.ipynb #00000093
+# %% ../../nbs/experiments/09_train.ipynb #000000e9
 def _names(args):
     "The methods of a sweep."
     known = list(contenders())
@@ -228,7 +229,7 @@ def _names(args):
         raise ValueError(f"--methods {args.methods}: {why}; choose from {', '.join(known)}")
     return names
 
-# %% ../../nbs/experiments/09_train.ipynb #00000094
+# %% ../../nbs/experiments/09_train.ipynb #000000ea
 def _state(folder, config):
     "'done', 'diverged' or 'open'; raises `ValueError` if the folder holds another run."
     check_folder(folder, config)
@@ -249,7 +250,7 @@ def _open_tasks(args):
             print(f"{s} already, skipped: {', '.join(names)}{hint}", flush=True)
     return [t for t,s in zip(tasks,states) if s=='open']
 
-# %% ../../nbs/experiments/09_train.ipynb #00000095
+# %% ../../nbs/experiments/09_train.ipynb #000000eb
 def _task(args, name, seed, folder): return one_run(args, setup_of(args,name,seed), folder, args.jobs in (None,1))
 
 def _said(r):
@@ -262,7 +263,7 @@ def _report(out):
     if not (out.exists() and list(out.rglob('config.json'))):
         return
     results = collect(out)
-    write_text(out/'results.json', json.dumps(results, separators=(',',':'))+'\n')
+    write_atomically(out/'results.json', json.dumps(results, separators=(',',':'))+'\n')
     print('\n'+table(runs_of(results),'norm').to_string(index=False)+f"\n\n{out/'results.json'}", flush=True)
 
 def _sweep(args):
@@ -279,7 +280,7 @@ def _sweep(args):
         _report(Path(args.out).expanduser())
     return 0
 
-# %% ../../nbs/experiments/09_train.ipynb #00000096
+# %% ../../nbs/experiments/09_train.ipynb #000000ec
 def train_command(
     args # Parsed arguments of `add_train_arguments`
 )->int:  # Exit code: 0 done, 130 stopped
@@ -296,7 +297,7 @@ def train_command(
         print(f"\n{str(e) or 'stopped'}; the same command goes on from there", file=sys.stderr, flush=True)
         return 130
 
-# %% ../../nbs/experiments/09_train.ipynb #00000097
+# %% ../../nbs/experiments/09_train.ipynb #000000ed
 def main(
     argv:list=None # Arguments; None takes those of the process
 )->int:            # Exit code
@@ -309,6 +310,7 @@ def main(
         print(f"gradmax train: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
-# %% ../../nbs/experiments/09_train.ipynb #000000a6
-if __name__=='__main__':
+# %% ../../nbs/experiments/09_train.ipynb #000000fc
+if __name__=='__main__': # processes of a sweep look for its functions in the module's own name
+    from gradmax_nb.experiments.train import main
     raise SystemExit(main())

@@ -33,7 +33,8 @@ def _append(old, new, dim):
         padded = new.new_zeros(shape)
         padded[tuple(slice(s) for s in new.shape)] = new
         new = padded
-    old,new = (t.detach().as_subclass(torch.Tensor) for t in (old,new)) # inputs of a subclass must not make parameters of it
+    # inputs of a subclass must not make parameters of it
+    old,new = (t.detach().as_subclass(torch.Tensor) for t in (old,new))
     return torch.cat([old, new.to(old)], dim).contiguous(memory_format=_memory_format(old))
 
 # %% ../../nbs/model/00_surgery.ipynb #0000000b
@@ -51,7 +52,9 @@ def sync_sizes(
     m:nn.Module # Layer whose parameters have been replaced
 ):
     "Set the size attributes of `m` from the shapes of its weights. Register a function per layer type."
-    raise TypeError(f"{type(m).__name__} cannot be widened: no rule is registered for it; add one with `sync_sizes.register({type(m).__name__})`")
+    kind = type(m).__name__
+    raise TypeError(f"{kind} cannot be widened: no rule is registered for it; "
+                    f"add one with `sync_sizes.register({kind})`")
 
 @sync_sizes.register
 def _(m:nn.Linear): m.out_features,m.in_features = m.weight.shape
@@ -60,7 +63,8 @@ def _(m:nn.Linear): m.out_features,m.in_features = m.weight.shape
 @sync_sizes.register
 def _(m:_ConvNd):
     if m.transposed:
-        raise TypeError(f"{type(m).__name__} cannot be widened: its weight is stored the other way round; growing transposed convolutions is not supported")
+        raise TypeError(f"{type(m).__name__} cannot be widened: its weight is stored the other way round; "
+                        "growing transposed convolutions is not supported")
     m.out_channels = m.weight.shape[0]
     if m.groups>1:
         m.groups = m.weight.shape[0]
@@ -95,7 +99,8 @@ def append_inputs(
 )->list:                     # Swaps: `(old, new)` parameters
     "Append `k` input neurons (or channels) to `m` in place."
     if getattr(m, 'groups', 1)>1:
-        raise ValueError(f"cannot append inputs to a grouped {type(m).__name__}: {m}; grow a site whose consumer has groups=1")
+        raise ValueError(f"cannot append inputs to a grouped {type(m).__name__}: {m}; "
+                         "grow a site whose consumer has groups=1")
     swaps = [_swap(m, 'weight', _append(m.weight, weight, 1))]
     if shift is not None:
         if m.bias is None:
@@ -113,7 +118,9 @@ def extension(
     k:int        # Number of new channels
 )->nn.Module:
     "A layer like `m` with `k` channels that passes them on unchanged."
-    raise TypeError(f"{type(m).__name__} cannot be widened: no rule is registered for it; add one with `extension.register({type(m).__name__})`")
+    kind = type(m).__name__
+    raise TypeError(f"{kind} cannot be widened: no rule is registered for it; "
+                    f"add one with `extension.register({kind})`")
 
 def _like(new, m):
     "Give `new` the dtype, device and mode of `m`."
@@ -125,7 +132,8 @@ def _like(new, m):
 # %% ../../nbs/model/00_surgery.ipynb #0000001c
 @extension.register
 def _(m:_NormBase, k):
-    return _like(type(m)(k, eps=m.eps, momentum=m.momentum, affine=m.affine, track_running_stats=m.track_running_stats), m)
+    options = dict(affine=m.affine, track_running_stats=m.track_running_stats)
+    return _like(type(m)(k, eps=m.eps, momentum=m.momentum, **options), m)
 
 @extension.register
 def _(m:nn.PReLU, k): return _like(nn.PReLU(k), m)
@@ -133,7 +141,8 @@ def _(m:nn.PReLU, k): return _like(nn.PReLU(k), m)
 # %% ../../nbs/model/00_surgery.ipynb #0000001d
 @extension.register
 def _(m:_ConvNd, k):
-    new = _like(type(m)(k, k, m.kernel_size, m.stride, m.padding, m.dilation, groups=k, bias=m.bias is not None, padding_mode=m.padding_mode), m)
+    options = dict(groups=k, bias=m.bias is not None, padding_mode=m.padding_mode)
+    new = _like(type(m)(k, k, m.kernel_size, m.stride, m.padding, m.dilation, **options), m)
     for p in new.parameters():
         p.zero_()
     new.weight[(slice(None),0,*(s//2 for s in m.kernel_size))] = 1.
@@ -200,22 +209,25 @@ def _check_growth(model, todo):
     for key,_,table,n,shape in todo:
         now = table[n].shape
         if len(now)!=len(shape) or any(a>b for a,b in zip(now,shape)) or now[2:]!=shape[2:]:
-            raise ValueError(f"`{key}` is {tuple(now)} in the model and {tuple(shape)} in the file: not a grown version of this model; build the model with the seed widths of the saved run")
+            raise ValueError(f"`{key}` is {tuple(now)} in the model and {tuple(shape)} in the file: "
+                "not a grown version of this model; build the model with the seed widths of the saved run")
         if owners[id(table[n])]>1:
-            raise ValueError(f"`{key}` is shared with another layer (tied weights), which growth never widens; load the file into the model it was saved from")
+            raise ValueError(f"`{key}` is shared with another layer (tied weights), which growth never widens; "
+                "load the file into the model it was saved from")
 
 # %% ../../nbs/model/00_surgery.ipynb #00000028
 def fit_to(
     model:nn.Module, # Model at its seed size, or anywhere between it and the size in the file
     state_dict:dict  # Tensors by name, as in `model.state_dict()`
 )->list:             # Swaps: `(old, new)` parameters
-    "Widen the layers of `model` in place to the shapes in `state_dict`; all or nothing. `ValueError` names a tensor that growth cannot have made, `TypeError` a layer without a rule."
+    "Widen the layers of `model` to the shapes in `state_dict`, all or nothing; an error names what cannot be a growth."
     todo,swaps = list(_new_shapes(model, state_dict)),[]
     _check_growth(model, todo)
     with surgery_guard(model):
         for _,m,table,n,shape in todo:
-            value = torch.zeros(shape, dtype=table[n].dtype, device=table[n].device).contiguous(memory_format=_memory_format(table[n]))
-            value[tuple(slice(s) for s in table[n].shape)] = table[n].detach()
+            now = table[n].detach()
+            value = now.new_zeros(shape).contiguous(memory_format=_memory_format(now))
+            value[tuple(slice(s) for s in now.shape)] = now
             if table is m._parameters:
                 swaps.append(_swap(m, n, value))
             else:
@@ -224,14 +236,17 @@ def fit_to(
             sync_sizes(m)
             sizes = {n:len(t) for n,t in (*m._parameters.items(),*m._buffers.items()) if t is not None and t.dim()}
             if len(set(sizes.values()))>1:
-                raise ValueError(f"the file gives the layer of `{key}` tensors of different lengths ({sizes}); it was not saved from a grown model")
+                raise ValueError(f"the file gives the layer of `{key}` tensors of different lengths ({sizes}); "
+                    "it was not saved from a grown model")
     return swaps
 
 # %% ../../nbs/model/00_surgery.ipynb #00000033
 def _corner(full, small, name):
     "The leading block of `full` that has the shape of `small`."
     if full is None or full.dim()!=small.dim() or any(a<b for a,b in zip(full.shape,small.shape)):
-        raise ValueError(f"`{name}` has shape {tuple(small.shape)} in the seed and {'none' if full is None else tuple(full.shape)} in the full network, so the seed is no corner of it: build both with the same layers, the full one at least as wide everywhere")
+        there = 'none' if full is None else tuple(full.shape)
+        raise ValueError(f"`{name}` has shape {tuple(small.shape)} in the seed and {there} in the full network, "
+            "so the seed is no corner of it: build both with the same layers, the full one at least as wide everywhere")
     return full[tuple(slice(n) for n in small.shape)]
 
 def _check_corner(model, tensors):
@@ -240,17 +255,19 @@ def _check_corner(model, tensors):
         raise ValueError(f"the full network has `{extra[0]}`, which the seed has not: build both with the same layers")
     for n,m in model.named_modules():
         if isinstance(m, (nn.RNNBase,nn.MultiheadAttention)):
-            raise ValueError(f"`{n}` ({type(m).__name__}) packs several matrices into one, whose corner is not that of each: give the seed its weights by hand")
+            raise ValueError(f"`{n}` ({type(m).__name__}) packs several matrices into one, "
+                "whose corner is not that of each: give the seed its weights by hand")
 
 # %% ../../nbs/model/00_surgery.ipynb #00000036
 @torch.no_grad()
 def load_corner(
-    model:nn.Module, # The seed; in each of its layers the order of the neurons must not depend on the width (no concatenated or grouped channels)
+    model:nn.Module, # The seed; the order of its neurons must not depend on the width: no concatenated or grouped ones
     state_dict:dict  # Tensors of the full network by name, as in its `state_dict()`
 )->nn.Module:        # `model`
-    "Give the seed the weights that the full network has in its corner: the leading block of every tensor. `ValueError` names a tensor or layer that has none, and nothing is changed."
+    "Give the seed the leading block of every tensor of the full network; an error names a tensor that has none."
     if isinstance(state_dict, nn.Module):
-        raise TypeError(f"pass the tensors of the full network, {type(state_dict).__name__}(...).state_dict(), not the network")
+        kind = type(state_dict).__name__
+        raise TypeError(f"pass the tensors of the full network, {kind}(...).state_dict(), not the network")
     _check_corner(model, state_dict)
     own = model.state_dict()
     for name,block in [(n,_corner(state_dict.get(n),t,n)) for n,t in own.items()]:

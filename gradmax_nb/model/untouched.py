@@ -24,7 +24,8 @@ def put_back(
 ):
     "Restore buffers that were changed in place or replaced; autograd graphs recorded in between stay usable."
     for table,name,b,value in buffers:
-        b.data.copy_(value) # through `data`: a norm's graph holds its statistics, and copying into them would invalidate it
+        # through `data`: the graph of a norm holds its statistics, and copying into them would invalidate it
+        b.data.copy_(value)
         table[name] = b
 
 # %% ../../nbs/model/02_untouched.ipynb #00000012

@@ -6,37 +6,38 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GrowthDashboard']
+__all__ = ['Asked', 'ByHand', 'GrowthDashboard']
 
 # %% ../../nbs/show/02_dashboard.ipynb #00000003
-import io, threading, time, warnings
+import threading
+import time
+import warnings
 from collections import deque
-from contextlib import contextmanager
-from html import escape
 from fastcore.basics import patch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.torch_core import get_model
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from fastai.learner import Learner
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..train.batches import TrainBatches, growth_log
 from ..train.callback import GrowthCallback
-from ..train.growth import count_flops
-from ..methods import BoundMax, GradMax, MirrorGradMax, RandomGrowth
+from ..train.watching import FlopsCallback
+from ..methods import methods_by_name
 from ..train.schedules import AllSites, Named, neurons
-from .figures import _small, _spectra_of_last, plot_budget, plot_dashboard, plot_growth, plot_spectrum, plot_widths
+from . import figures
+from .live import Curve, Ledger, Panel, kernel, png_of
 
 # %% ../../nbs/show/02_dashboard.ipynb #0000000a
-class _Asked:
+class Asked:
     "A schedule: due when there are requests."
     def __init__(self): self.requests = deque()
     def begin(self): return {}
     def due(self, state, step, loss): return bool(self.requests)
 
-class _ByHand(GrowthCallback):
+class ByHand(GrowthCallback):
     "Grows what has been asked for."
     def __init__(self, method, k, batch, tell):
-        super().__init__(method, _Asked(), AllSites(), k, batch=batch)
+        super().__init__(method, Asked(), AllSites(), k, batch=batch)
         self.tell = tell # called with a message for people
 
     @property
@@ -50,7 +51,7 @@ class _ByHand(GrowthCallback):
 
 # %% ../../nbs/show/02_dashboard.ipynb #0000000b
 @patch
-def _event(self:_ByHand):
+def _event(self:ByHand):
     "Meet the waiting requests, one after the other."
     while self.when.requests:
         name,k = self.when.requests.popleft()
@@ -63,134 +64,37 @@ def _event(self:_ByHand):
         else:
             self.tell(f'grown by hand: {name}, {rec.old_width} to {rec.new_width}')
 
-# %% ../../nbs/show/02_dashboard.ipynb #00000010
-class _Curve:
-    "Losses at a resolution that halves whenever there are more than `most` points."
-    def __init__(self, most=1000): self.most,self.every,self.values,self._sum,self._n = most,1,[],0.,0
-
-    def add(self, value):
-        self._sum,self._n = self._sum+value,self._n+1
-        if self._n<self.every:
-            return
-        self.values.append(self._sum/self.every)
-        self._sum,self._n = 0.,0
-        if len(self.values)<=self.most or len(self.values)%2:
-            return
-        self.values = [(a+b)/2 for a,b in zip(self.values[::2], self.values[1::2])]
-        self.every *= 2
-
-# %% ../../nbs/show/02_dashboard.ipynb #00000013
-class _Ledger:
-    "Keeps the time for drawing below `share` of the time trained."
-    def __init__(self, share, clock=time.perf_counter):
-        self.share,self.clock,self.spent,self.written,self.idle,self.last,self.pictures = share,clock,0.,0.,0.,0.,0
-        self.began = clock()
-
-    def trained(self): return self.clock()-self.began-self.idle
-    def may(self, pictures=1): return self.pictures==0 or self.spent+(pictures+3)*self.last <= self.share*self.trained()
-    def may_write(self): return self.written <= self.share/5*self.trained()
-
-    @contextmanager
-    def entry(self, picture=False, text=False):
-        "Book the time of the block."
-        start = self.clock()
-        try:
-            yield
-        finally:
-            took = self.clock()-start
-            self.spent += took
-            if text:
-                self.written += took
-            if picture:
-                self.last,self.pictures = took,self.pictures+1
-
-# %% ../../nbs/show/02_dashboard.ipynb #00000017
-def _kernel():
-    "The Jupyter kernel we run in, or None."
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return None
-    return getattr(get_ipython(), 'kernel', None)
-
-def _png(figure):
-    "A drawn figure as PNG."
-    canvas,out = FigureCanvasAgg(figure),io.BytesIO()
-    canvas.print_png(out, pil_kwargs=dict(compress_level=1))
-    return out.getvalue()
-
-# %% ../../nbs/show/02_dashboard.ipynb #00000019
-class _Panel:
-    "Two pictures, a line of text, a bar and the controls."
-    def __init__(self, dash):
-        import ipywidgets as w
-        self.dash,self.loss,self.rest = dash,*(w.Image(format='png', layout=w.Layout(display='none')) for _ in range(2))
-        self.text,self.note,self.bar = w.HTML(),w.HTML(),w.FloatProgress(min=0, max=1, description='compute')
-        self.site,self.k = w.Dropdown(description='site'),w.BoundedIntText(dash.hand.k if isinstance(dash.hand.k,int) else 1, min=1, max=10**6, description='neurons')
-        self.method = w.Dropdown(options=[(_short(m,dash.methods),m) for m in dash.methods], description='method')
-        self.pause,self.grow,self.stop = (w.Button(description=d, tooltip=t) for d,t in (('Pause','Wait after the current batch'),
-            ('Grow now','Add neurons to the chosen site after the current batch'), ('Stop','End the training after the current batch')))
-        for b,f in ((self.pause,self._pause), (self.grow,self._grow), (self.stop,lambda _: dash.stop())): b.on_click(f)
-        if dash.hand.method in dash.methods:
-            self.method.index = dash.methods.index(dash.hand.method)
-        self.k.observe(lambda _: self._try(dash.change, self.k.value), 'value')
-        self.method.observe(lambda _: self._try(dash.change, None, self.method.value), 'value')
-        for o in (self.pause,self.grow,self.stop,self.site,self.k,self.method):
-            _unroute(o.comm)
-        self.box = w.VBox([w.HBox([self.pause,self.stop,self.site,self.grow]), w.HBox([self.k,self.method,self.bar]), self.text, self.note, self.loss, self.rest])
-
-# %% ../../nbs/show/02_dashboard.ipynb #0000001a
-def _short(method, methods):
-    "The name of a method in a list: its class, if that is unambiguous."
-    name = type(method).__name__
-    return name if sum(type(m).__name__==name for m in methods)==1 else repr(method)
-
-def _unroute(comm):
-    "Let messages of the front end go where it sent them; ipykernel 7.4 would take them to the shell that is busy with the training."
-    if hasattr(comm, '_reply_subshell_for'):
-        comm._reply_subshell_for = lambda data,default: default
-
-@patch
-def _pause(self:_Panel, _): self.dash.resume() if self.dash.paused else self.dash.pause()
-
-@patch
-def _grow(self:_Panel, _): self._try(self.dash.grow_now, self.site.value, self.k.value)
-
-@patch
-def _try(self:_Panel, f, *args):
-    "Call `f`; what it refuses is shown."
-    try:
-        f(*args)
-    except (TypeError,ValueError) as e:
-        self.dash._tell(str(e))
-
-@patch
-def tell(self:_Panel, message):
-    self.note.value = escape(message)
-
 # %% ../../nbs/show/02_dashboard.ipynb #0000001c
+_usual = 'BoundMax','GradMax','MirrorGradMax','RandomGrowth'
+
 class GrowthDashboard(Callback):
     "Watch and steer the growth of a learner while `fit` runs."
     order = EarlyStoppingCallback.order+1 # behind all that looks at a batch, so that a stop leaves nothing half done
     def __init__(self,
         learn,               # Learner; the dashboard attaches itself and replaces an earlier one
-        methods=None,        # What can be chosen for growth by hand; None: `BoundMax`, `GradMax`, `MirrorGradMax`, `RandomGrowth` with their defaults
+        methods=None,        # What can be chosen for growth by hand; None: the usual four, by `methods_by_name()`
         k:int=1,             # Neurons that a growth by hand adds, until changed
         budget:float=None,   # Planned training FLOPs; None: what the running fit costs if nothing grows any more
         batch=TrainBatches(),# Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
         share:float=.015,    # Largest share of the training time that goes into drawing
         on:bool=None         # Record and draw; None: only where a Jupyter kernel runs
     ):
-        self.methods = list(methods or (BoundMax(),GradMax(),MirrorGradMax(),RandomGrowth()))
-        self.budget,self.share,self.on = budget,share,_kernel() is not None if on is None else on
+        self.methods = list(methods or map(methods_by_name().get, _usual))
+        self.budget,self.share,self.on = budget,share,kernel() is not None if on is None else on
         self.paused,self.message,self.queue = False,'',deque()
-        self.hand = _ByHand(self.methods[0], k, batch, self._tell)
-        self.curve,self.spent,self.seeds,self.planned = _Curve(),[],{},None
-        self._stopping,self._cost,self._counted,self._known,self._shown,self._stale = False,0.,None,0,0.,True
+        self.hand = ByHand(self.methods[0], k, batch, self.tell)
+        self.curve,self.spent,self.seeds,self.planned = Curve(),[],{},None
+        self._stopping,self._known,self._marked,self._shown,self._stale = False,0,0,0.,True
         self._panel,self._handle,self._thread,self._error = None,None,None,None
-        self.ledger = _Ledger(share)
-        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (GrowthDashboard,_ByHand))])
-        learn.add_cbs([self.hand, self])
+        self.ledger = Ledger(share)
+        learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (GrowthDashboard,ByHand))])
+        watched = any(isinstance(cb, FlopsCallback) for cb in learn.cbs)
+        learn.add_cbs([self.hand, *([] if watched or not self.on else [FlopsCallback()]), self])
+
+    @property
+    def k(self): return self.hand.k
+    @property
+    def method(self): return self.hand.method
 
 # %% ../../nbs/show/02_dashboard.ipynb #0000001e
 @patch
@@ -205,7 +109,7 @@ def resume(self:GrowthDashboard):
 
 @patch
 def stop(self:GrowthDashboard):
-    "End the fit after the current batch, as `CancelFitException` does: all callbacks finish, model and optimizer stay usable."
+    "End the fit after the current batch; all callbacks finish, model and optimizer stay usable."
     self.queue.append(('_stopping',True))
 
 @patch
@@ -254,10 +158,12 @@ def _change(self:GrowthDashboard, **new):
         if isinstance(cb, GrowthCallback):
             for n,v in new.items():
                 setattr(cb, n, v)
-    self._tell('from now on: '+', '.join(f'{n} = {v}' for n,v in new.items()))
+    self.tell('from now on: '+', '.join(f'{n} = {v}' for n,v in new.items()))
 
 @patch
-def _tell(self:GrowthDashboard, message):
+def tell(self:GrowthDashboard,
+    message:str # For people
+):
     "Show a message; without a panel it becomes a warning if something was refused."
     self.message = message
     if self._panel is not None:
@@ -272,7 +178,7 @@ def before_fit(self:GrowthDashboard):
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     if not self.run:
         return
-    self.paused,self._stopping,self.ledger,self._shown,self._stale = False,False,_Ledger(self.share),0.,True
+    self.paused,self._stopping,self.ledger,self._shown,self._stale = False,False,Ledger(self.share),0.,True
     self.queue.clear()
     if self.on and self._panel is None:
         with self.ledger.entry():
@@ -307,29 +213,19 @@ def _sleep(seconds=.05):
 
 # %% ../../nbs/show/02_dashboard.ipynb #00000026
 @patch
-def before_batch(self:GrowthDashboard):
-    "Count a forward pass if the network has changed."
-    if not (self.on and self.training):
-        return
-    rows = len(growth_log(self.learn).rows)
-    if self._counted==rows:
-        return
-    with self.ledger.entry():
-        self._cost,self._counted = 3*count_flops(get_model(self.learn.model), tuple(self.learn.xb)),rows
-    if self.spent:
-        self.spent.append(self.spent[-1]) # a corner of the curve
-
-@patch
 def _record(self:GrowthDashboard):
-    "Book one training step."
-    log,learn = growth_log(self.learn),self.learn
+    "Book one training batch."
+    log,learn,flops = growth_log(self.learn),self.learn,self.learn.flops
     if not self.spent:
-        self.spent,self.seeds = [(log.steps-1,0.)]*2,{s.name:log.seed(s) for s in self.hand._found}
+        self._base,self.seeds = flops.total-flops.step(),{s.name:log.seed(s) for s in self.hand._found}
+        self.spent = [(log.steps-1,0.)]*2
     self.curve.add(float(learn.smooth_loss))
-    step,total = self.spent[-1]
-    self.spent[-1] = (step+1, total+self._cost)
+    self.spent[-1] = (log.steps, float(flops.total-self._base))
+    if len(log.rows)!=self._marked:
+        self.spent.append(self.spent[-1]) # a corner of the curve
+        self._marked = len(log.rows)
     left = (learn.n_epoch-learn.epoch)*len(learn.dls.train) - learn.iter - 1
-    self.planned = self.budget or self.spent[-1][1]+left*self._cost
+    self.planned = self.budget or self.spent[-1][1]+left*flops.step()
 
 @patch
 def _grown(self:GrowthDashboard):
@@ -343,27 +239,29 @@ def _grown(self:GrowthDashboard):
 def figure(self:GrowthDashboard)->Figure:
     "The present state on one sheet, for looking at it later or elsewhere."
     start = self.spent[0][0] if self.spent else 0
-    return plot_dashboard(growth_log(self.learn).rows, self.curve.values, self.spent, self.planned, start, self.curve.every, self.seeds)
+    rows,curve = growth_log(self.learn).rows,self.curve
+    return figures.plot_dashboard(rows, curve.values, self.spent, self.planned, start, curve.every, self.seeds)
 
 def _loss_picture(dash):
     "The curve of the loss, for the live view."
     figure = Figure(figsize=(9,2.4), dpi=80)
     ax = figure.add_axes((.09,.2,.895,.68))
-    start = dash.spent[0][0] if dash.spent else 0
-    plot_growth(growth_log(dash.learn).rows, dash.curve.values, start=start, every=dash.curve.every, title='Training loss', ax=ax)
-    return _png(figure)
+    start,rows = dash.spent[0][0] if dash.spent else 0,growth_log(dash.learn).rows
+    figures.plot_growth(rows, dash.curve.values, start, dash.curve.every, 'Training loss', ax=ax)
+    return png_of(figure)
 
 # %% ../../nbs/show/02_dashboard.ipynb #00000029
 def _rest_picture(dash):
     "What changes only with a growth, for the live view."
     figure = Figure(figsize=(9,2.4), dpi=80)
-    rows,axs = growth_log(dash.learn).rows,figure.subplots(1, 3, gridspec_kw=dict(left=.06, right=.985, bottom=.2, top=.88, wspace=.32))
-    plot_widths(rows, steps=dash.spent[-1][0] if dash.spent else None, widths=dash.seeds, ax=axs[0])
-    plot_spectrum(_spectra_of_last(rows), title='Singular values, last growth', ax=axs[1])
-    plot_budget(dash.spent, dash.planned, title='Compute, up to the last growth', ax=axs[2])
+    rows,margins = growth_log(dash.learn).rows,dict(left=.06, right=.985, bottom=.2, top=.88, wspace=.32)
+    axs = figure.subplots(1, 3, gridspec_kw=margins)
+    figures.plot_widths(rows, steps=dash.spent[-1][0] if dash.spent else None, widths=dash.seeds, ax=axs[0])
+    figures.plot_spectrum(figures.spectra_of_last(rows), title='Singular values, last growth', ax=axs[1])
+    figures.plot_budget(dash.spent, dash.planned, title='Compute, up to the last growth', ax=axs[2])
     for ax in axs:
-        _small(ax)
-    return _png(figure)
+        figures.small_print(ax)
+    return png_of(figure)
 
 # %% ../../nbs/show/02_dashboard.ipynb #0000002a
 @patch
@@ -401,36 +299,35 @@ def _tick(self:GrowthDashboard):
 def _state(dash):
     "The present state in numbers."
     loss = f'{dash.curve.values[-1]:.4g}' if dash.curve.values else 'not known yet'
-    return dict(step=growth_log(dash.learn).steps, loss=loss, widths={s.name:s.width for s in dash.hand._found or ()}, paused=dash.paused,
-                message=dash.message, part=min(1., dash.spent[-1][1]/dash.planned) if dash.planned else 0.)
+    widths = {s.name:s.width for s in dash.hand._found or ()}
+    part = min(1., dash.spent[-1][1]/dash.planned) if dash.planned else 0.
+    return dict(step=growth_log(dash.learn).steps, loss=loss, widths=widths, paused=dash.paused, message=dash.message,
+                part=part)
 
+# %% ../../nbs/show/02_dashboard.ipynb #00000079
 @patch
-def show(self:_Panel, state, loss=None, rest=None):
-    "Bring the panel up to date."
-    widths = ', '.join(f'{n}: {w}' for n,w in state['widths'].items())
-    self.text.value = escape(f"step {state['step']}{' (paused)' if state['paused'] else ''} | loss {state['loss']} | widths {widths}")
-    self.bar.value,self.pause.description = state['part'],'Resume' if state['paused'] else 'Pause'
-    self.tell(state['message'])
-    if self.site.options!=tuple(state['widths']):
-        self.site.options,self.site.index = tuple(state['widths']),0
-    for image,png in ((self.loss,loss),(self.rest,rest)):
-        if png is not None:
-            image.value,image.layout.display = png,None
+def plot_growth(self:Learner,
+    **kwargs # Of `figures.plot_growth`, for instance `title`
+)->Axes:
+    "Training loss of the last fit, with marks where the model grew."
+    losses = self.recorder.losses
+    return figures.plot_growth(self.growth.history, losses=losses, start=self.growth.steps-len(losses), **kwargs)
 
 # %% ../../nbs/show/02_dashboard.ipynb #0000002d
 @patch
 def _open(self:GrowthDashboard):
     "Show the panel below the running cell."
-    if _kernel() is None:
+    if kernel() is None:
         return
     from IPython.display import display
     try:
-        self._panel = _Panel(self)
+        self._panel = Panel(self)
     except ImportError:
         warnings.warn("the live dashboard needs ipywidgets: pip install ipywidgets")
         return
     if self._thread is None:
-        self._tell('If the buttons do not answer, this kernel reads no clicks while a cell runs: train with dash.background(learn.fit, ...)')
+        self.tell('If the buttons do not answer, this kernel reads no clicks while a cell runs: '
+                  'train with dash.background(learn.fit, ...)')
     self._handle = display(self._panel.box, display_id=True)
 
 # %% ../../nbs/show/02_dashboard.ipynb #0000002e
@@ -447,7 +344,8 @@ def after_fit(self:GrowthDashboard):
         return
     from IPython.display import Image, display
     with self.ledger.entry():
-        picture = Image(data=_png(self.figure()), format='png', alt='Loss, widths, spectra and compute of the training')
+        alt = 'Loss, widths, spectra and compute of the training'
+        picture = Image(data=png_of(self.figure()), format='png', alt=alt)
     handle = self._handle
     self._panel,self._handle = None,None
     if handle is None:
@@ -478,7 +376,7 @@ def _run(self:GrowthDashboard, fit, args, kwargs):
             fit(*args, **kwargs)
     except BaseException as e:
         self._error = e
-        self._tell(f'not finished: {type(e).__name__}: {e}')
+        self.tell(f'not finished: {type(e).__name__}: {e}')
 
 @patch
 def wait(self:GrowthDashboard):
@@ -491,4 +389,5 @@ def wait(self:GrowthDashboard):
         raise self._error
 
 @patch
-def __getstate__(self:GrowthDashboard): return {**vars(self), '_panel':None, '_handle':None, '_thread':None, '_error':None}
+def __getstate__(self:GrowthDashboard):
+    return {**vars(self), '_panel':None, '_handle':None, '_thread':None, '_error':None}

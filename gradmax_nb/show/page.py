@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figure_bytes', 'part', 'html_page']
 
-# %% ../../nbs/show/03_page.ipynb #00000003
+# %% ../../nbs/show/03_page.ipynb #00000011
 import base64
 import html
 import io
@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# %% ../../nbs/show/03_page.ipynb #00000008
+# %% ../../nbs/show/03_page.ipynb #00000016
 def figure_bytes(
     fig:Figure,       # What to write
     format:str='png', # Or 'svg'
@@ -27,7 +27,7 @@ def figure_bytes(
         fig.savefig(buffer, format=format, dpi=dpi, metadata=meta)
     return buffer.getvalue()
 
-# %% ../../nbs/show/03_page.ipynb #0000000b
+# %% ../../nbs/show/03_page.ipynb #00000019
 @singledispatch
 def part(
     o # A str, list, dict, pandas DataFrame or matplotlib Figure
@@ -49,9 +49,10 @@ def _(o:Figure):
     data = base64.b64encode(figure_bytes(o)).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
 
-# %% ../../nbs/show/03_page.ipynb #0000000d
+# %% ../../nbs/show/03_page.ipynb #0000001b
 _style = """:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;background:Canvas;color:CanvasText}
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
+body{background:Canvas;color:CanvasText}
 table{border-collapse:collapse;display:block;overflow-x:auto}
 th,td{padding:.35rem .8rem;text-align:right!important;border-bottom:1px solid #8886}
 th:first-child,td:first-child{text-align:left!important}
@@ -62,7 +63,8 @@ def html_page(
     *parts     # Text, lists, dicts, data frames, figures
 )->str:
     "A self-contained page."
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f'{meta}<title>{html.escape(title)}</title>'
     body = '\n'.join(map(part, parts))
     return (f'<!DOCTYPE html><html lang="en"><head>{head}<style>{_style}</style></head>\n'
             f'<body><h1>{html.escape(title)}</h1>\n{body}</body></html>\n')

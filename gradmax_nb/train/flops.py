@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_flops', 'flop_counter', 'tensors_in', 'step_flops']
 
-# %% ../../nbs/train/02_flops.ipynb #0000007a
+# %% ../../nbs/train/02_flops.ipynb #000000c8
 from copy import deepcopy
 from math import prod
 import torch
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.sites import as_inputs
 from ..model.untouched import evaluating, untouched, unwrapped
 
-# %% ../../nbs/train/02_flops.ipynb #0000007f
+# %% ../../nbs/train/02_flops.ipynb #000000cd
 def count_flops(
     model:nn.Module, # Model
     xb               # Example input: a tensor, or a tuple of them
@@ -24,7 +24,7 @@ def count_flops(
         model(*as_inputs(xb))
     return counter.get_total_flops()
 
-# %% ../../nbs/train/02_flops.ipynb #00000084
+# %% ../../nbs/train/02_flops.ipynb #000000d2
 def _ghost(model):
     "A copy of `model` with shapes instead of values, in training mode."
     memo = {id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
@@ -34,7 +34,7 @@ def _ghost(model):
             memo[id(hooks)] = type(hooks)()
     return deepcopy(model, memo).train()
 
-# %% ../../nbs/train/02_flops.ipynb #00000087
+# %% ../../nbs/train/02_flops.ipynb #000000d5
 def _conv_backward(grad, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, mask, out_shape=None):
     "FLOPs of a convolution's gradients: those of its forward pass for the input's, and again for the weight's."
     return sum(map(bool, mask[:2]))*2*prod(x if transposed else grad)*prod(w[1:])
@@ -43,7 +43,7 @@ def flop_counter()->FlopCounterMode: # A context manager; `get_total_flops()` sa
     "torch's FLOP counter, exact for convolutions in groups as well."
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward:_conv_backward})
 
-# %% ../../nbs/train/02_flops.ipynb #0000008b
+# %% ../../nbs/train/02_flops.ipynb #000000d9
 def tensors_in(
     o # A tensor, or tuples, lists and dicts of them
 ):    # Iterator
@@ -62,7 +62,7 @@ def _on_meta(o):
         return {k:_on_meta(v) for k,v in o.items()}
     return tuple(map(_on_meta, o)) if isinstance(o, (tuple,list)) else o
 
-# %% ../../nbs/train/02_flops.ipynb #0000008c
+# %% ../../nbs/train/02_flops.ipynb #000000da
 def _step(model, xb, loss_func):
     "FLOPs of a step that is run on `model` as it stands."
     params = [p for p in model.parameters() if p.requires_grad]
@@ -73,7 +73,7 @@ def _step(model, xb, loss_func):
             torch.autograd.grad(ends, params, [torch.ones_like(t) for t in ends], allow_unused=True)
     return counter.get_total_flops()
 
-# %% ../../nbs/train/02_flops.ipynb #0000008d
+# %% ../../nbs/train/02_flops.ipynb #000000db
 def step_flops(
     model:nn.Module, # Model; layers with `requires_grad=False` get no gradient
     xb,              # Example input, of the batch size of training: a tensor, or a tuple of them

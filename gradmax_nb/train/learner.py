@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LeanLearner', 'Diverged', 'StepLosses', 'ExactSchedule', 'KeepChannelsLast']
 
-# %% ../../nbs/train/08_learner.ipynb #0000005b
+# %% ../../nbs/train/08_learner.ipynb #00000088
 import math
 import torch
 from fastcore.basics import patch
@@ -14,7 +14,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import get_model
 
-# %% ../../nbs/train/08_learner.ipynb #00000065
+# %% ../../nbs/train/08_learner.ipynb #00000092
 class LeanLearner(Learner):
     "fastai's `Learner`, with the callbacks that answer an event looked up once instead of at each event."
     def _answering(self, name):
@@ -39,7 +39,7 @@ class LeanLearner(Learner):
 
     def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k!='_known'}
 
-# %% ../../nbs/train/08_learner.ipynb #0000006a
+# %% ../../nbs/train/08_learner.ipynb #00000097
 class Diverged(ValueError):
     "The training loss is not finite any more."
 
@@ -59,7 +59,7 @@ class StepLosses(Callback):
     def state_dict(self)->dict: return dict(values=torch.tensor(self.values, dtype=torch.float64))
     def load_state_dict(self, state:dict): self._fetched,self._new = state['values'].tolist(),[]
 
-# %% ../../nbs/train/08_learner.ipynb #0000006b
+# %% ../../nbs/train/08_learner.ipynb #00000098
 @patch
 def before_train(self:StepLosses):
     "Begin anew with each fit; not in `before_fit`, which `learn.validate()` calls as well."
@@ -79,7 +79,7 @@ def after_train(self:StepLosses):
 @patch
 def before_growth(self:StepLosses, sites, batch): self.after_train()
 
-# %% ../../nbs/train/08_learner.ipynb #00000074
+# %% ../../nbs/train/08_learner.ipynb #000000a1
 class ExactSchedule(ParamScheduler):
     "`ParamScheduler` at the exact position in the training: steps done over steps in all."
     def __init__(self,
@@ -94,7 +94,7 @@ class ExactSchedule(ParamScheduler):
         total = self.learn.n_epoch*len(self.learn.dls.train) if self.total is None else self.total
         self._update_val(self.learn.train_iter/total)
 
-# %% ../../nbs/train/08_learner.ipynb #00000077
+# %% ../../nbs/train/08_learner.ipynb #000000a4
 class KeepChannelsLast(Callback):
     "Store convolutions with their channels last, again after each growth."
     order = Recorder.order-1

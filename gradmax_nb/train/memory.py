@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['memory_form', 'pack_memory', 'check_memory', 'load_memory']
 
-# %% ../../nbs/train/04b_memory.ipynb #00000025
+# %% ../../nbs/train/04b_memory.ipynb #00000049
 import torch
 from torch import Tensor, nn
-from ..model.optim import _chains, _states, check_optimizer
+from ..model.optim import check_optimizer, optimizer_chains, optimizer_states
 from .packing import pack, printable
 
-# %% ../../nbs/train/04b_memory.ipynb #0000002c
+# %% ../../nbs/train/04b_memory.ipynb #0000004f
 def _kind(o):
     "The type of an optimizer and, for fastai's, the steps it is made of"
     steps = ', '.join(_step_name(f) for f in vars(o).get('cbs', ()))
@@ -23,7 +23,7 @@ def _step_name(f):
     f = getattr(f, 'func', f)
     return getattr(f, '__name__', type(f).__name__) + (f"[{', '.join(options)}]" if options else '')
 
-# %% ../../nbs/train/04b_memory.ipynb #0000002e
+# %% ../../nbs/train/04b_memory.ipynb #00000051
 def _group_names(model, layers):
     "Per parameter group, the names of its parameters in `model`"
     names = {id(p): n for n,p in model.named_parameters()}
@@ -38,7 +38,7 @@ def _hypers(o):
     "The dicts in which the innermost optimizer `o` keeps its hyper-parameters, one per group"
     return list(vars(o)['hypers'] if 'hypers' in vars(o) else o.param_groups)
 
-# %% ../../nbs/train/04b_memory.ipynb #0000002f
+# %% ../../nbs/train/04b_memory.ipynb #00000052
 _lookahead = ('count', 'k', 'alpha')
 
 def _chain_facts(model, layers, where, tensors):
@@ -47,7 +47,7 @@ def _chain_facts(model, layers, where, tensors):
     hypers = [{k: v for k,v in h.items() if k not in ('params', 'param_names')} for h in _hypers(layers[-1])]
     hypers = [pack(h, f'{where}/groups/{i}', tensors) for i,h in enumerate(hypers)]
     groups = [{'params': n, 'hypers': h} for n,h in zip(names, hypers)]
-    states = [pack(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(_states(layers))]
+    states = [pack(_by_name(model, s), f'{where}/state/{i}', tensors) for i,s in enumerate(optimizer_states(layers))]
     slow = [pack(_slow_facts(o, names), f'{where}/slow', tensors) for o in layers if 'slow_weights' in vars(o)]
     return {'kinds': [_kind(o) for o in layers], 'groups': groups, 'states': states, 'slow': slow}
 
@@ -57,9 +57,11 @@ def pack_memory(
     tensors:dict     # The tensors are put in here
 ):                   # What JSON can hold
     "Everything an optimizer remembers, by the names of the model's parameters."
-    return None if opt is None else [_chain_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(_chains(opt))]
+    if opt is None:
+        return None
+    return [_chain_facts(model, c, f'opt/{i}', tensors) for i,c in enumerate(optimizer_chains(opt))]
 
-# %% ../../nbs/train/04b_memory.ipynb #00000030
+# %% ../../nbs/train/04b_memory.ipynb #00000053
 def _by_name(model, state):
     "The non-empty entries of an optimizer's `state` by parameter name, in the order of the model"
     lost = set(map(id, state)) - {id(p) for p in model.parameters()}
@@ -73,13 +75,13 @@ def _slow_facts(o, names):
     weights = None if slow is None else {n: t for ns,ts in zip(names, slow) for n,t in zip(ns, ts)}
     return {**{k: getattr(o, k) for k in _lookahead}, 'weights': weights}
 
-# %% ../../nbs/train/04b_memory.ipynb #00000031
+# %% ../../nbs/train/04b_memory.ipynb #00000054
 _none = type(None)
 _slow_form = {'count': int, 'k': int, 'alpha': (int, float), 'weights': (_none, {str: Tensor})}
 memory_form = [{'kinds': [str], 'groups': [{'params': [str], 'hypers': {str: object}}], 'states': [{str: dict}],
                 'slow': [_slow_form]}] # of `has_form`: what `pack_memory` gives, unpacked
 
-# %% ../../nbs/train/04b_memory.ipynb #00000034
+# %% ../../nbs/train/04b_memory.ipynb #00000057
 def check_memory(
     path,            # Where `saved` comes from, for error messages
     model:nn.Module, # Model
@@ -87,11 +89,11 @@ def check_memory(
     saved            # What `pack_memory` gave, perhaps from a stranger's file
 ):
     "Raise a `ValueError` unless `saved` is the memory of an optimizer like `opt`."
-    if not _chains(opt):
+    if not optimizer_chains(opt):
         return
     if saved is None:
         raise ValueError(f'`{path}` holds no optimizer: pass opt=None and create one after loading')
-    chains = _chains(opt)
+    chains = optimizer_chains(opt)
     kinds, found = [[_kind(o) for o in c] for c in chains], [s['kinds'] for s in saved]
     if kinds != found:
         raise ValueError(f'`{path}` holds the memory of {_said(found)}, but `opt` is {_said(kinds)}: '
@@ -101,7 +103,7 @@ def check_memory(
 
 def _said(kinds): return printable(', '.join(' around '.join(k) for k in kinds)) or 'no optimizer'
 
-# %% ../../nbs/train/04b_memory.ipynb #00000035
+# %% ../../nbs/train/04b_memory.ipynb #00000058
 def _check_groups(path, model, layers, s):
     # LBFGS has one flat memory of all parameters, where their order counts
     as_held = list if isinstance(layers[-1], torch.optim.LBFGS) else sorted
@@ -110,14 +112,15 @@ def _check_groups(path, model, layers, s):
         raise ValueError(f'the parameter groups of `opt` are not those in `{path}`: {_difference(now, found)}; '
                          'create the optimizer with the groups that were saved, or pass opt=None')
     for hypers,g in zip(_hypers(layers[-1]), s['groups']):
-        def impossible(k, v, hypers=hypers): return k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)
+        def impossible(k, v, hypers=hypers):
+            return k in ('params', 'param_names') or k in hypers and not _alike(hypers[k], v)
         bad = [k for k,v in g['hypers'].items() if impossible(k, v)]
         if bad:
             raise ValueError(f'`{path}` holds an impossible value for the hyper-parameter `{printable(bad[0])}` '
                              'of `opt`: use another copy')
     _check_states(path, layers, s, {n for g in now for n in g})
 
-# %% ../../nbs/train/04b_memory.ipynb #00000036
+# %% ../../nbs/train/04b_memory.ipynb #00000059
 def _difference(now, found):
     if len(now) != len(found):
         return f'{len(now)} against {len(found)} groups'
@@ -136,18 +139,18 @@ def _alike(old, new):
         return isinstance(new, (tuple, list)) and len(old) == len(new) and all(map(_alike, old, new))
     return True
 
-# %% ../../nbs/train/04b_memory.ipynb #00000037
+# %% ../../nbs/train/04b_memory.ipynb #0000005a
 def _check_states(path, layers, s, held):
     "Raise unless the states and slow weights in `s` are as many as the optimizer has and belong to parameters it holds"
     slow = [o for o in layers if 'slow_weights' in vars(o)]
-    wrong = len(s['states']) != len(_states(layers)) or len(s['slow']) != len(slow)
+    wrong = len(s['states']) != len(optimizer_states(layers)) or len(s['slow']) != len(slow)
     wrong = wrong or any(not set(o) <= held for o in s['states'])
     wrong = wrong or any(o['weights'] is not None and set(o['weights']) != held for o in s['slow'])
     if wrong:
         raise ValueError(f'`{path}` holds memory that does not belong to the parameters of `opt`: '
                          'create the optimizer that was saved, or pass opt=None')
 
-# %% ../../nbs/train/04b_memory.ipynb #00000039
+# %% ../../nbs/train/04b_memory.ipynb #0000005c
 def _placed(v, p, keep_on_host=False):
     "`v` with its tensors on the device of the parameter `p`, laid out like `p` where they have its shape"
     if isinstance(v, (list, tuple)):
@@ -156,7 +159,7 @@ def _placed(v, p, keep_on_host=False):
         return v
     return torch.empty_like(p, dtype=v.dtype, requires_grad=False).copy_(v) if v.shape == p.shape else v.to(p.device)
 
-# %% ../../nbs/train/04b_memory.ipynb #0000003a
+# %% ../../nbs/train/04b_memory.ipynb #0000005d
 def _load_chain(model, layers, s):
     "Give one optimizer (with its wrappers) the memory and hyper-parameters in `s`"
     names, inner = _group_names(model, layers), layers[-1]
@@ -166,14 +169,14 @@ def _load_chain(model, layers, s):
             both = isinstance(v, Tensor) and isinstance(hypers.get(k), Tensor)
             return v.to(hypers[k].device) if both else v
         hypers.update({k: placed(k, v) for k,v in g['hypers'].items()})
-    for state,saved in zip(_states(layers), s['states']):
+    for state,saved in zip(optimizer_states(layers), s['states']):
         _load_state(state, saved, held)
     for o,saved in zip([o for o in layers if 'slow_weights' in vars(o)], s['slow']):
         for k in _lookahead:
             setattr(o, k, saved[k])
         o.slow_weights = _slow_weights(saved['weights'], names, {n: p for n,p,_ in held})
 
-# %% ../../nbs/train/04b_memory.ipynb #0000003b
+# %% ../../nbs/train/04b_memory.ipynb #0000005e
 def _load_state(state, saved, held):
     state.clear()
     for n,p,h in held:
@@ -192,13 +195,13 @@ def _slow_weights(weights, names, params):
                              'which does not fit the parameter: use another copy')
     return [[_placed(weights[n], params[n]) for n in ns] for ns in names]
 
-# %% ../../nbs/train/04b_memory.ipynb #0000003c
+# %% ../../nbs/train/04b_memory.ipynb #0000005f
 def load_memory(
     model:nn.Module, # Model
     opt,             # Its optimizer, or a list of them; changed in place
     saved            # What `pack_memory` gave; checked by `check_memory`
 ):
     "Give an optimizer the memory of another one."
-    for layers,s in zip(_chains(opt), saved or ()):
+    for layers,s in zip(optimizer_chains(opt), saved or ()):
         _load_chain(model, layers, s)
         check_optimizer(layers[0], model, params=[p for g in layers[-1].param_groups for p in g['params']])

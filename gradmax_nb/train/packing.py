@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['store_tensor', 'pack', 'unpack', 'checksum', 'seal', 'write_atomically', 'printable', 'open_sealed', 'has_form']
 
-# %% ../../nbs/train/04a_packing.ipynb #00000003
+# %% ../../nbs/train/04a_packing.ipynb #00000022
 import json
 import math
 import os
@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-# %% ../../nbs/train/04a_packing.ipynb #00000009
+# %% ../../nbs/train/04a_packing.ipynb #00000028
 _tags = ('$tensor', '$tuple', '$dict', '$float')
 
 def store_tensor(
@@ -37,7 +37,7 @@ def store_tensor(
     tensors[name] = torch.empty(t.shape, dtype=t.dtype, device='cpu').copy_(t.detach())
     return name
 
-# %% ../../nbs/train/04a_packing.ipynb #0000000a
+# %% ../../nbs/train/04a_packing.ipynb #00000029
 def pack(
     v,           # None, numbers, strings, tensors, or lists, tuples and dicts of these
     name:str,    # Where it comes from
@@ -61,7 +61,7 @@ def pack(
     items = [pack(o, f'{name}/{i}', tensors) for i,o in enumerate(v)]
     return items if isinstance(v, list) else {'$tuple': items}
 
-# %% ../../nbs/train/04a_packing.ipynb #0000000b
+# %% ../../nbs/train/04a_packing.ipynb #0000002a
 def _unsavable(v, name):
     what = 'a number of more than 64 bits' if isinstance(v, int) else f'a {type(v).__name__}'
     return ValueError(f'`{name}` is {what}, which has no place in a checkpoint: give None, numbers, strings, tensors, '
@@ -72,7 +72,7 @@ def _pack_dict(d, name, tensors):
     plain = all(isinstance(k, str) for k in d) and not any(k in _tags for k in d)
     return dict(items) if plain else {'$dict': [[pack(k, name, tensors), v] for k,v in items]}
 
-# %% ../../nbs/train/04a_packing.ipynb #0000000d
+# %% ../../nbs/train/04a_packing.ipynb #0000002c
 def unpack(
     text:str,    # JSON
     tensors:dict # The tensors are taken out of here
@@ -86,14 +86,14 @@ def unpack(
         return decode[tag](v)
     return json.loads(text, object_hook=untag, parse_int=_whole, parse_float=_finite, parse_constant=_refuse)
 
-# %% ../../nbs/train/04a_packing.ipynb #0000000e
+# %% ../../nbs/train/04a_packing.ipynb #0000002d
 def _refuse(s): raise ValueError(f'{s[:20]} is not a number that JSON allows here')
 
 def _whole(s): return int(s) if len(s) <= 21 else _refuse(s)
 
 def _finite(s): return v if math.isfinite(v := float(s)) else _refuse(s)
 
-# %% ../../nbs/train/04a_packing.ipynb #00000012
+# %% ../../nbs/train/04a_packing.ipynb #00000031
 _key = 'gradmax_nb'
 _mark = f'"{_key}":"'.encode()
 
@@ -107,7 +107,7 @@ def checksum(
     h.update(view[at+64:])
     return at, h.hexdigest().encode()
 
-# %% ../../nbs/train/04a_packing.ipynb #00000013
+# %% ../../nbs/train/04a_packing.ipynb #00000032
 def seal(
     body,        # What JSON can hold
     tensors:dict # Name -> tensor
@@ -123,7 +123,7 @@ def seal(
     data[at:at+64] = digest
     return bytes(data)
 
-# %% ../../nbs/train/04a_packing.ipynb #00000015
+# %% ../../nbs/train/04a_packing.ipynb #00000034
 def write_atomically(
     path, # File; missing folders are made
     data  # Bytes, or a text, which is written in UTF-8
@@ -142,7 +142,7 @@ def write_atomically(
         temp.unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/train/04a_packing.ipynb #00000018
+# %% ../../nbs/train/04a_packing.ipynb #00000037
 def printable(
     s # Anything
 )->str:
@@ -168,7 +168,7 @@ def open_sealed(
         raise ValueError(f'`{path}` is damaged: its checksum does not match its contents; use another copy')
     return text[64:], tensors
 
-# %% ../../nbs/train/04a_packing.ipynb #0000001b
+# %% ../../nbs/train/04a_packing.ipynb #0000003a
 def has_form(
     v,   # Value from a file
     form # A type, `object` for anything, `[form]`, `{name: form}`, `{str: form}`, or a tuple of alternatives
