@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep', 'put_back', 'ResumeCallback']
 
-# %% ../../nbs/train/07_resume.ipynb #000001cd
+# %% ../../nbs/train/07_resume.ipynb #0000029d
 import time
 from functools import singledispatch
 from pathlib import Path
@@ -23,7 +23,7 @@ from .batches import GrowthLog, growth_log
 from .callback import GrowthCallback
 from .checkpoint import Checkpoint, load_grown, peek_grown, save_grown
 
-# %% ../../nbs/train/07_resume.ipynb #000001da
+# %% ../../nbs/train/07_resume.ipynb #000002aa
 @patch
 def save_grown(self:Learner,
     path,      # File to write, by convention `*.safetensors`; replaced in one step if it exists
@@ -35,7 +35,7 @@ def save_grown(self:Learner,
     log = growth_log(self)
     return save_grown(path, get_model(self.model), self.opt, log.rows, dict(steps=log.steps, extra=extra))
 
-# %% ../../nbs/train/07_resume.ipynb #000001db
+# %% ../../nbs/train/07_resume.ipynb #000002ab
 def _unfolded(extra):
     "`(steps, extra)` of a file; the steps are None if it was written without a Learner."
     own = isinstance(extra, dict) and extra.keys()=={'steps','extra'}
@@ -57,7 +57,7 @@ def load_grown(self:Learner,
     log.steps = max([r.get('step',0) for r in log.rows], default=0) if steps is None else steps
     return found
 
-# %% ../../nbs/train/07_resume.ipynb #000001e1
+# %% ../../nbs/train/07_resume.ipynb #000002b1
 @singledispatch
 def keep(
     o     # A callback or a loader of a Learner
@@ -73,7 +73,7 @@ def put_back(
     "Bring `o` to the state that was kept."
     o.load_state_dict(state)
 
-# %% ../../nbs/train/07_resume.ipynb #000001e3
+# %% ../../nbs/train/07_resume.ipynb #000002b3
 @keep.register
 def _(cb:Recorder):
     losses = torch.stack([torch.as_tensor(l) for l in cb.losses]) if cb.losses else None # one tensor in the file
@@ -86,7 +86,7 @@ def _(cb:Recorder, state):
     cb.losses = [] if state['losses'] is None else list(state['losses'].unbind())
     cb.smooth_loss.val,cb.smooth_loss.count = state['smooth'],state['count']
 
-# %% ../../nbs/train/07_resume.ipynb #000001e4
+# %% ../../nbs/train/07_resume.ipynb #000002b4
 @keep.register(ParamScheduler)
 @keep.register(TrackerCallback)
 @keep.register(GrowthCallback)
@@ -97,7 +97,7 @@ def _(cb): return {name:getattr(cb, name) for name in ('hps','best','new_best','
 @put_back.register(GrowthCallback)
 def _(cb, state): vars(cb).update(state)
 
-# %% ../../nbs/train/07_resume.ipynb #000001e7
+# %% ../../nbs/train/07_resume.ipynb #000002b7
 @keep.register
 def _(cb:MixedPrecision): return dict(scaler=cb.learn.scaler.state_dict(), scales=list(cb.scales))
 
@@ -124,13 +124,13 @@ def _(dl:torch.utils.data.DataLoader, state):
     for g,value in zip(_generators(dl), state.values()):
         g.set_state(value)
 
-# %% ../../nbs/train/07_resume.ipynb #000001ea
-class _AfterAll(Callback): # passes on that all others have seen a training batch
+# %% ../../nbs/train/07_resume.ipynb #000002ba
+class _AfterAll(Callback): # tells a ResumeCallback that all others have seen a training batch
     order,run_valid,remove_on_fetch,_only_train_loop = 1000,False,True,True
-    def __init__(self, then): self.then = then
-    def after_batch(self): self.then()
+    def __init__(self, owner): self.owner = owner
+    def after_batch(self): self.owner._between()
 
-# %% ../../nbs/train/07_resume.ipynb #000001eb
+# %% ../../nbs/train/07_resume.ipynb #000002bb
 class ResumeCallback(Callback):
     "Keep the state of a fit in a file, and go on from it when the same `fit` is called again."
     order,run_valid,remove_on_fetch,_only_train_loop,_learner = -100,False,True,True,None # before all others
@@ -140,7 +140,7 @@ class ResumeCallback(Callback):
     ):
         if seconds is not None and not seconds>=0:
             raise ValueError(f"the time between two checkpoints must be a number of seconds or None, got {seconds!r}")
-        self.path,self.seconds,self._last = Path(path),seconds,_AfterAll(self._between)
+        self.path,self.seconds,self._last = Path(path),seconds,_AfterAll(self)
         self._found,self._muted,self._skipped,self._pct = None,[],0,None
 
     learn = property(lambda self: self._learner)
@@ -150,7 +150,7 @@ class ResumeCallback(Callback):
         getattr(learn, 'add_cb', noop)(self._last)
         self._learner = learn
 
-# %% ../../nbs/train/07_resume.ipynb #000001ed
+# %% ../../nbs/train/07_resume.ipynb #000002be
 @patch
 def before_fit(self:ResumeCallback):
     "See what the file holds."
@@ -172,7 +172,7 @@ def _checked(self:ResumeCallback):
                          f"{type(dl).__name__} cannot begin: use the loader that was used, or delete the file")
     return found
 
-# %% ../../nbs/train/07_resume.ipynb #000001ee
+# %% ../../nbs/train/07_resume.ipynb #000002bf
 @patch
 def before_epoch(self:ResumeCallback):
     "Pass over epochs that are done, go on in the one that is open, or keep the state at the start of a new one."
@@ -190,7 +190,7 @@ def before_epoch(self:ResumeCallback):
     else:
         self._save(0)
 
-# %% ../../nbs/train/07_resume.ipynb #000001ef
+# %% ../../nbs/train/07_resume.ipynb #000002c0
 @patch
 def before_batch(self:ResumeCallback):
     "Count batches of an epoch from its start, wherever it was begun."
@@ -209,7 +209,7 @@ def _half_done(learn, batch):
     partial = any(p.grad is not None and bool(p.grad.any()) for p in learn.model.parameters())
     return waiting or partial or bool(batch) and any(isinstance(cb, Recorder) and cb.train_metrics for cb in learn.cbs)
 
-# %% ../../nbs/train/07_resume.ipynb #000001f0
+# %% ../../nbs/train/07_resume.ipynb #000002c1
 def _parts(learn):
     "Loaders and callbacks by name."
     cbs = learn.cbs.sorted('order')
@@ -228,7 +228,7 @@ def _save(self:ResumeCallback, batch):
     learn.save_grown(self.path, dict(fit=fit, states=states, zero=zero, rng=rng_state()))
     self._saved = now
 
-# %% ../../nbs/train/07_resume.ipynb #000001f1
+# %% ../../nbs/train/07_resume.ipynb #000002c2
 @patch
 def _go_on(self:ResumeCallback, found):
     "Put everything back."
