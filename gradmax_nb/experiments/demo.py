@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Contender, Cosine
 from .report import paired, table
-from .run import hardware, versions, write_text
+from .run import hardware, versions
 from ..train.sweep import sweep
 from .zoo import small_net
 from ..methods import MirrorRandom, methods_by_name
@@ -34,6 +34,7 @@ from ..train.checkpoint import save_grown
 from ..train.flops import step_flops
 from ..train.learner import ExactSchedule, LeanLearner, StepLosses
 from ..train.loaders import EachEpoch
+from ..train.packing import write_atomically
 from ..train.schedules import EveryN, Towards
 from ..train.watching import FlopsCallback
 
@@ -193,7 +194,7 @@ def _store(c, runs):
     spent = {f'{n}_seconds':round(sum(r[k] for r in kept),1) for n,k in (('wall','seconds'),('cpu','cpu_seconds'))}
     body = dict(config=c.config, seeds=sorted({s for s,_ in runs}), versions=c.versions, hardware=hardware(), **spent,
                 runs=kept)
-    write_text(c.path, json.dumps(body, indent=1)+'\n')
+    write_atomically(c.path, json.dumps(body, indent=1)+'\n')
     return body
 
 # %% ../../nbs/experiments/04_demo.ipynb #00000053
@@ -327,5 +328,5 @@ def write_report(
         (c.out/f'figure.{kind}').write_bytes(figure_bytes(demo_figure(runs), kind))
     kept = [c.checkpoint(n) for n in table(runs).method if c.checkpoint(n).exists()]
     checkpoint = kept[0].relative_to(c.out).as_posix() if kept else ''
-    write_text(c.out/'report.html', report(results, command, checkpoint))
+    write_atomically(c.out/'report.html', report(results, command, checkpoint))
     return [c.out/n for n in ('report.html','figure.png','figure.svg','results.json',checkpoint) if n]
