@@ -140,7 +140,7 @@ def runs_of(
     rows = []
     for r in results['runs']:
         norm,done = r['differs'].get('norm',results['common'].get('norm')),r['result'] or {}
-        row = dict(method=r['method'], seed=r['seed'], norm=bool(norm), **done)
+        row = {**dict(method=r['method'], seed=r['seed'], norm=bool(norm)), **done}
         row.setdefault('accuracy')
         if done:
             row['hours'] = (done['seconds']['train']+done['seconds']['growth'])/3600
