@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plus_minus', 'table', 'paired', 'read_run', 'find_runs', 'collect', 'read_results', 'runs_of', 'curves']
 
-# %% ../../nbs/experiments/03_report.ipynb #0000005c
+# %% ../../nbs/experiments/03_report.ipynb #0000007a
 import json
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .recipe import flat
 from ..show.figures import mean_and_error
 
-# %% ../../nbs/experiments/03_report.ipynb #00000060
+# %% ../../nbs/experiments/03_report.ipynb #0000007e
 def plus_minus(
     values,    # Results of several runs
     digits:int # Digits behind the point
@@ -23,7 +23,7 @@ def plus_minus(
     mean,error = mean_and_error(values)
     return f'{mean:.{digits}f}' + (f' ± {error:.{digits}f}' if len(values)>1 else '')
 
-# %% ../../nbs/experiments/03_report.ipynb #00000062
+# %% ../../nbs/experiments/03_report.ipynb #00000080
 def _line(d):
     "What the runs `d` of one method have in common."
     done = d.dropna(subset='accuracy')
@@ -46,7 +46,7 @@ def table(
     out = out.sort_values('order', ascending=False, na_position='last', ignore_index=True).drop(columns='order')
     return out.astype(object).where(out.notna(), '')
 
-# %% ../../nbs/experiments/03_report.ipynb #00000065
+# %% ../../nbs/experiments/03_report.ipynb #00000083
 def paired(
     runs:pd.DataFrame,        # One row per run: `method`, `seed` and the quantity
     other:str='Baseline-Big', # Method that the others are compared with
@@ -60,7 +60,7 @@ def paired(
     out = wide.sub(wide[other], axis=0).agg(['mean','sem','count']).T.drop(index=other)
     return out.sort_values('mean', ascending=False)
 
-# %% ../../nbs/experiments/03_report.ipynb #00000069
+# %% ../../nbs/experiments/03_report.ipynb #00000087
 def read_run(
     folder # Of a run
 )->dict:   # `config`, `log` and `result`, which is None before the end
@@ -83,7 +83,7 @@ def find_runs(
         raise ValueError(f"no runs below {', '.join(map(str,folders))}: a run folder holds a config.json")
     return found
 
-# %% ../../nbs/experiments/03_report.ipynb #0000006c
+# %% ../../nbs/experiments/03_report.ipynb #0000008a
 def _short(v):
     "Floats with seven digits, in nested values; None where there is no finite number."
     if isinstance(v, float):
@@ -100,7 +100,7 @@ def _event(e):
                 error=max((o.get('error',0.) for o in s), default=0.), new=total('new_width')-total('old_width'),
                 moved=total('moved'), fires=total('fires'), predicted=[o['predicted'] for o in s])
 
-# %% ../../nbs/experiments/03_report.ipynb #0000006d
+# %% ../../nbs/experiments/03_report.ipynb #0000008b
 def _entry(run, common):
     "One run of a collection."
     config,log = flat(run['config']),run['log']
@@ -120,7 +120,7 @@ def collect(
     common = {k:v for k,v in shared.items() if k not in ('method','seed')}
     return _short(dict(common=common, runs=[_entry(r,common) for r in runs]))
 
-# %% ../../nbs/experiments/03_report.ipynb #0000006e
+# %% ../../nbs/experiments/03_report.ipynb #0000008c
 def read_results(
     path # JSON file written from `collect`
 )->dict:
@@ -140,14 +140,13 @@ def runs_of(
     rows = []
     for r in results['runs']:
         norm,done = r['differs'].get('norm',results['common'].get('norm')),r['result'] or {}
-        row = {**dict(method=r['method'], seed=r['seed'], norm=bool(norm)), **done}
-        row.setdefault('accuracy')
+        row = {'accuracy':None, **done, 'method':r['method'], 'seed':r['seed'], 'norm':bool(norm)}
         if done:
             row['hours'] = (done['seconds']['train']+done['seconds']['growth'])/3600
         rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else ['method','seed','norm','accuracy'])
 
-# %% ../../nbs/experiments/03_report.ipynb #00000074
+# %% ../../nbs/experiments/03_report.ipynb #00000092
 def _mean_curve(runs, key):
     "Mean over runs of a quantity, for the epochs that all of them have."
     n = min(len(r['epochs'][key]) for r in runs)
@@ -161,7 +160,7 @@ def _draw(left, right, method, runs, colour, style):
     right.errorbar(flops, accuracy, error if len(runs)>1 else None, fmt='s' if fixed else 'o', capsize=3, color=colour,
                    label=method)
 
-# %% ../../nbs/experiments/03_report.ipynb #00000075
+# %% ../../nbs/experiments/03_report.ipynb #00000093
 def curves(
     results:dict, # From `collect` or `read_results`
     title:str=''  # Of the figure
