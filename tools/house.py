@@ -1,8 +1,9 @@
 """What holds for the whole house: `python tools/house.py` prints what breaks its rules and exits with 1, or with 0.
 
-Modules import earlier ones only, in the reading order of the notebooks, and nobody's private names; each says its one job in its first
-line; none is longer than 400 lines but the two that are to be replaced; only its wings import fastai, matplotlib and ipywidgets; exported
-lines have at most 120 columns; a notebook runs its first example within ten code cells and has no long run of definitions."""
+Modules import earlier ones only, in the reading order of the notebooks, and nobody's private names; each says its one
+job in its first line; none is longer than 400 lines but the two that are to be replaced; only its wings import fastai,
+matplotlib and ipywidgets; exported lines have at most 120 columns; a notebook runs its first example within ten code
+cells and has no long run of definitions."""
 
 import ast
 import json
