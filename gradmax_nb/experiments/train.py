@@ -21,7 +21,9 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from .data import Patterns, load_images
-from .recipe import Autocast, Compiled, Corner, Eager, FullPrecision, Setup, contenders, recipes
+from .recipe import Setup, contenders, recipes
+from ..model.surgery import Corner
+from ..train.arithmetic import Autocast, Compiled, Eager, FullPrecision
 from .report import collect, runs_of, table
 from .run import check_folder, result_of, run
 from ..train.sweep import Unfinished, sweep
