@@ -88,7 +88,7 @@ def _add_machine(g):
     g.add_argument('--amp', choices=['bf16','fp16'], help='mixed precision, on a GPU')
     g.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile; BACKEND[:MODE]')
     g.add_argument('--no-channels-last', action='store_true', help='keep the usual memory layout')
-    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check every so many events (%(default)s)')
+    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check each so many events (%(default)s)')
     g.add_argument('--save-seconds', type=_positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
     g.add_argument('--cache', metavar='FOLDER', help='where decoded pictures are kept for the next run')
 
