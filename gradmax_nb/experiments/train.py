@@ -186,7 +186,8 @@ class Lines(Callback):
         "Time to the end, going by the FLOPs of the plan."
         plan,(began,step) = self.learn.run_log.course.plan,self._began
         here = plan.total(self.learn.train_iter)
-        return format_time((time.monotonic()-began)/(here-plan.total(step))*(plan.total()-here))
+        done = here-plan.total(step) # nothing, where a run goes on right at the end of an epoch
+        return format_time((time.monotonic()-began)/done*(plan.total()-here)) if done else '?'
     def after_epoch(self):
         log = self.learn.run_log
         e,s,c,full = log.rows['epochs'][-1],log.setup,log.course,sum(log.course.full.values())
