@@ -90,7 +90,7 @@ def _add_machine(g):
     g.add_argument('--amp', choices=['bf16','fp16'], help='mixed precision, on a GPU')
     g.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile; BACKEND[:MODE]')
     g.add_argument('--no-channels-last', action='store_true', help='keep the usual memory layout')
-    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check every so many events (%(default)s)')
+    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check each so many events (%(default)s)')
     g.add_argument('--save-seconds', type=_positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
     g.add_argument('--cache', metavar='FOLDER', help='where decoded pictures are kept for the next run')
 
@@ -188,7 +188,8 @@ class Lines(Callback):
         "Time to the end, going by the FLOPs of the plan."
         plan,(began,step) = self.learn.run_log.course.plan,self._began
         here = plan.total(self.learn.train_iter)
-        return format_time((time.monotonic()-began)/(here-plan.total(step))*(plan.total()-here))
+        done = here-plan.total(step) # nothing, where a run goes on right at the end of an epoch
+        return format_time((time.monotonic()-began)/done*(plan.total()-here)) if done else '?'
     def after_epoch(self):
         log = self.learn.run_log
         e,s,c,full = log.rows['epochs'][-1],log.setup,log.course,sum(log.course.full.values())
