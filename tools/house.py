@@ -77,7 +77,7 @@ def arrows(order):
             else:  # names are modules of a wing, or what its `__init__` passes on
                 named = [o for n in names if (o := f'{other}.{n}'.strip('.')) in order]
                 targets = named or [o for o in order if other and o.startswith(f'{other}.')]
-            late = [n for n in targets if order.index(n) >= i]
+            late = [n for n in targets if order.index(n) > i]
             if other == '' and names == ['__version__']:
                 continue
             if late:
