@@ -69,7 +69,7 @@ def pictures_recipe()->Recipe:
     "The recipe for a folder of pictures."
     return Recipe(steps=1500, seed_widths=(8,8), full_widths=(32,32), grown_by=.45)
 
-# %% ../../nbs/experiments/04_demo.ipynb #000000a0
+# %% ../../nbs/experiments/04_demo.ipynb #000000a3
 class Pictures:
     "A folder of pictures with train/CLASS/ and valid/CLASS/ (or val/, test/)."
     def __init__(self,
