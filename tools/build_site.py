@@ -1,7 +1,7 @@
-"""Renders the notebooks of nbs/ to the static site in docs/: `python tools/build_site.py`, or `python tools/build_site.py FOLDER` for another place.
+"""Renders the notebooks of nbs/ to the static site in docs/: `python tools/build_site.py`, or FOLDER.
 The home page is also written as README.md.
 
-nbdev runs imports, exports and `show_doc`; this script rewrites the result for Sphinx (myst-nb, furo) and checks the pages.
+nbdev runs imports, exports and `show_doc`; this script rewrites the result for Sphinx (myst-nb, furo) and checks it.
 All other outputs are the ones stored in the notebooks, and the same notebooks always give the same bytes."""
 
 import inspect
@@ -289,7 +289,7 @@ def code(cell, page, alt):
 
 
 def picture_text(cell, before):
-    "A text for the pictures of a code cell: its `fig-alt`, the title it gives them, or the last sentence of the prose `before` it"
+    "A text for the pictures of a code cell: its `fig-alt`, the title it gives them, or the last sentence `before` it"
     said = re.search(r'^#\| *fig-alt: *"?(.+?)"? *$', cell.source, re.M)
     if said:
         return said[1]
@@ -345,7 +345,8 @@ def write_api(known):
         '# All names',
         '',
         '{.lead}',
-        'Every exported name, by module in reading order. A name leads to its entry, with parameters and examples; `from gradmax_nb.all import *` brings those of the library.',
+        'Every exported name, by module in reading order. A name leads to its entry, with parameters and examples; '
+        '`from gradmax_nb.all import *` brings those of the library.',
         '',
     ]
     for module in modules():
@@ -364,9 +365,8 @@ def write_api(known):
             label = f'[`{name}`]({path}.ipynb#{name.lower()})' if name.lower() in known.get(path, ()) else f'`{name}`'
             if label[0] != '[' and callable(sym):
                 PROBLEMS.append(f'api: {name} of {path} has no entry')
-            out.append(
-                f"| {label} | {(inspect.getdoc(sym) or '').splitlines()[0] if callable(sym) and inspect.getdoc(sym) else 'a value'} |"
-            )
+            doc = inspect.getdoc(sym) if callable(sym) else None
+            out.append(f"| {label} | {doc.splitlines()[0] if doc else 'a value'} |")
         out.append('')
     (SITE / 'api.md').write_text('\n'.join(out), encoding='utf-8')
 
@@ -381,7 +381,7 @@ def write_pages():
     shutil.copytree(NBS, SITE, ignore=shutil.ignore_patterns('_*', '.*', '*.ipynb', '*.md'))
     write_api(known)
     tokens = check_pages.words(
-        ''.join(p.read_text(encoding='utf-8') for p in [*(ROOT / 'gradmax_nb').rglob('*.py'), *(ROOT / 'tools').rglob('*.py')])
+        ''.join(p.read_text(encoding='utf-8') for d in ('gradmax_nb', 'tools') for p in (ROOT / d).rglob('*.py'))
     )
     for p in paths:
         tokens |= check_pages.words('\n'.join(c.source for c in read_nb(p).cells if c.cell_type == 'code'))
@@ -466,7 +466,7 @@ def publish(folder):
 
 
 def readme():
-    "Write README.md, which is the home page with the outputs that are text or pictures, and its pictures beside the others"
+    "Write README.md, the home page with the outputs that are text or pictures, and its pictures beside the others"
     out, pictures = [], 0
     for c in read_nb(NBS / 'index.ipynb').cells:
         if c.cell_type == 'markdown':

@@ -1,4 +1,4 @@
-"""Checks of the built package: `checks.py metadata WHEEL` compares the wheel with the checkout, `checks.py imports FOLDER`
+"""Checks of the built package: `metadata WHEEL` compares the wheel with the checkout, `imports FOLDER`
 imports the copy installed in FOLDER. Prints what is wrong and exits with 1, or exits with 0."""
 
 import pkgutil
@@ -103,7 +103,8 @@ def imports(folder):
         except Exception as e:
             yield f'{name}: {type(e).__name__}: {e}'
     for name in CORE:
-        script = f'import sys; sys.path.insert(0, {str(folder)!r}); import gradmax_nb.{name}; print(*{HEAVY} & sys.modules.keys())'
+        script = f'import sys; sys.path.insert(0, {str(folder)!r}); import gradmax_nb.{name}; '
+        script += f'print(*{HEAVY} & sys.modules.keys())'
         child = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=folder)
         if child.returncode:
             yield f'gradmax_nb.{name} alone: {child.stderr.strip().splitlines()[-1]}'

@@ -1,4 +1,4 @@
-"""What can be wrong with the rendered pages: `python tools/check_pages.py [FOLDER]` prints what it finds in docs/ and exits with 1, or with 0.
+"""What can be wrong with the rendered pages: `tools/check_pages.py [FOLDER]` prints it and exits with 1, or with 0.
 
 `build_site.py` runs the same checks, and those of the notebooks' names, on what it has built."""
 
@@ -130,7 +130,7 @@ def words_outside():
 
 
 def unresolved(text, known):
-    "Names in backticks in the markdown `text` that look like code of ours but occur in no code: neither in `known` nor in torch or fastai"
+    "Names in backticks in the markdown `text` that look like code of ours, but are not in `known`, torch or fastai"
     text = re.sub(r'^```.*?^```$', '', text, flags=re.M | re.S)
     for span in re.findall(r'(?<!`)`([^`\n]+)`(?!`)', text):
         for name in sorted(words(re.sub(r"'[^']*'|\"[^\"]*\"", '', span))):

@@ -1,8 +1,9 @@
 """What holds for the whole house: `python tools/house.py` prints what breaks its rules and exits with 1, or with 0.
 
-Modules import earlier ones only, in the reading order of the notebooks, and nobody's private names; each says its one job in its first
-line; none is longer than 400 lines but the two that are to be replaced; only its wings import fastai, matplotlib and ipywidgets; exported
-lines have at most 120 columns; a notebook runs its first example within ten code cells and has no long run of definitions."""
+Modules import earlier ones only, in the reading order of the notebooks, and nobody's private names; each says its one
+job in its first line; none is longer than 400 lines but the two that are to be replaced; only its wings import fastai,
+matplotlib and ipywidgets; exported lines have at most 120 columns; a notebook runs its first example within ten code
+cells and has no long run of definitions."""
 
 import ast
 import json
@@ -76,7 +77,7 @@ def arrows(order):
             else:  # names are modules of a wing, or what its `__init__` passes on
                 named = [o for n in names if (o := f'{other}.{n}'.strip('.')) in order]
                 targets = named or [o for o in order if other and o.startswith(f'{other}.')]
-            late = [n for n in targets if order.index(n) >= i]
+            late = [n for n in targets if order.index(n) > i]
             if other == '' and names == ['__version__']:
                 continue
             if late:

@@ -1,4 +1,4 @@
-"""Runs the notebooks as tests: `python tools/run_tests.py` or `python tools/run_tests.py 00_sites tutorials/01_ten_lines`.
+"""Runs the notebooks as tests: `python tools/run_tests.py`, or with names: `00_sites tutorials/01_ten_lines`.
 
 The work is done by nbdev-test in a child process; the last line counts notebooks: `N passed, N failed`."""
 
@@ -36,7 +36,7 @@ def select(names):
 
 
 def run(paths):
-    "Run nbdev-test on `paths` and pass on what it prints; returns the notebooks that finished, those that failed, and the exit code"
+    "Run nbdev-test on `paths`, pass on what it prints; returns what finished, what failed, the exit code"
     pattern = '|'.join(f'{re.escape(str(p))}$' for p in paths)
     workers = min(len(paths), os.cpu_count() or 1)
     bins = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')])

@@ -1,4 +1,4 @@
-"""Tests of check_pages.py on pages of a few lines: each fault is found, and the same page without it passes. Ends with `N passed`."""
+"""Tests of check_pages.py on small pages: each fault is found, without it a page passes. Ends with `N passed`."""
 
 import sys
 import tempfile
@@ -7,8 +7,10 @@ from pathlib import Path
 import check_pages
 
 GOOD = {
-    'a.html': '<p id="x">a <a href="sub/b.html#y">b</a> <a href="https://example.org">out</a> <img src="p.png" alt="a dot"> <img src="data:image/png;base64,AA" alt="another"></p>',
-    'sub/b.html': '<p id="y"><a href="../a.html#x">a</a> <a href="#y">here</a> <code>$x$</code></p><div class="cell_output"><pre>fine</pre></div><span class="math">\\(x\\)</span>',
+    'a.html': '<p id="x">a <a href="sub/b.html#y">b</a> <a href="https://example.org">out</a> '
+    '<img src="p.png" alt="a dot"> <img src="data:image/png;base64,AA" alt="another"></p>',
+    'sub/b.html': '<p id="y"><a href="../a.html#x">a</a> <a href="#y">here</a> <code>$x$</code></p>'
+    '<div class="cell_output"><pre>fine</pre></div><span class="math">\\(x\\)</span>',
     'p.png': '',
     'site.css': '@import "other.css"; a { background: url(p.png) } /* https://example.org */',
 }

@@ -31,7 +31,8 @@ class _Pictures:
     "What both kinds of picture sets have in common; `facts` are for results files."
     def __init__(self, name, classes, shape, sizes, facts):
         self.name,self.classes,self.shape,(self.train_size,self.test_size) = name,list(classes),tuple(shape),sizes
-        self.facts = dict(name=name, classes=len(self.classes), train=sizes[0], test=sizes[1], shape=list(shape), **facts)
+        sizes,n = dict(zip(('train','test'),sizes)),len(self.classes)
+        self.facts = dict(name=name, classes=n, **sizes, shape=list(shape), **facts)
     def __repr__(self):
         size,kind = 'x'.join(map(str,self.shape)),type(self).__name__
         pictures = f"{self.train_size} training and {self.test_size} test pictures"

@@ -6,7 +6,7 @@
 __all__ = ['Clock', 'versions', 'hardware', 'RunLog', 'learner_of', 'check_folder', 'run_folder', 'result_of', 'train_to_end',
            'run']
 
-# %% ../../nbs/experiments/02_run.ipynb #000003a9
+# %% ../../nbs/experiments/02_run.ipynb #000004d1
 import importlib.metadata
 import json
 import os
@@ -36,7 +36,7 @@ from ..train.resume import ResumeCallback
 from ..train.watching import FlopsCallback, GrowthCheck
 from ..train.young_rates import YoungRatesCallback
 
-# %% ../../nbs/experiments/02_run.ipynb #000003ad
+# %% ../../nbs/experiments/02_run.ipynb #000004d5
 class Clock(Callback):
     "Seconds of training, growing, checking and testing, by the wall clock and by the processor's."
     order,remove_on_fetch = -90,True # first before a growth and last after it
@@ -58,7 +58,7 @@ class Clock(Callback):
     def state_dict(self)->dict: return dict(seconds=dict(self.seconds), cpu_seconds=dict(self.cpu_seconds))
     def load_state_dict(self, state): self.seconds,self.cpu_seconds = state['seconds'],state['cpu_seconds']
 
-# %% ../../nbs/experiments/02_run.ipynb #000003ae
+# %% ../../nbs/experiments/02_run.ipynb #000004d6
 def versions(
     *extra:str # Names of further installed distributions, such as 'scikit-learn'
 )->dict:       # Name -> version, dashes in names replaced by underscores
@@ -82,7 +82,7 @@ def hardware(
     processor = (named or [platform.processor() or platform.machine()])[0]
     return dict(processor=processor, cores=os.cpu_count(), system=platform.system(), device=name)
 
-# %% ../../nbs/experiments/02_run.ipynb #000003b1
+# %% ../../nbs/experiments/02_run.ipynb #000004d9
 class RunLog(Callback):
     "A row for every epoch and every growth of a run; written to `path` after each epoch, if there is one."
     order,run_valid,remove_on_fetch = GrowthCallback.order-.6,False,True # inside the checks, around the FLOPs
@@ -104,7 +104,7 @@ class RunLog(Callback):
         if self.path is not None:
             write_atomically(self.path, json.dumps(self.rows)+'\n')
 
-# %% ../../nbs/experiments/02_run.ipynb #000003b2
+# %% ../../nbs/experiments/02_run.ipynb #000004da
 @patch
 def before_train(self:RunLog):
     "Note once who is at work."
@@ -127,7 +127,7 @@ def after_growth(self:RunLog, records, batch):
     spent = dict(seconds=round(self.learn.clock.seconds['growth']-seconds,4), flops=self.learn.flops.of_growth-flops)
     self.rows['growth'].append(dict(event=len(self.rows['growth']), step=self.learn.train_iter, **spent, sites=rows))
 
-# %% ../../nbs/experiments/02_run.ipynb #000003b3
+# %% ../../nbs/experiments/02_run.ipynb #000004db
 @patch
 def after_epoch(self:RunLog):
     "The row of an epoch, or of the last part of one."
@@ -145,7 +145,7 @@ def widths(self:RunLog)->list:
     "Present widths of the sites that grow."
     return [self.learn.model.get_submodule(n).weight.shape[0] for n in self.course.full]
 
-# %% ../../nbs/experiments/02_run.ipynb #000003b5
+# %% ../../nbs/experiments/02_run.ipynb #000004dd
 def _growing(setup, course, data):
     "The callbacks of a network that grows."
     r,method = setup.recipe,setup.contender.method
@@ -158,7 +158,7 @@ def _growing(setup, course, data):
     check = GrowthCheck(setup.check_every, len(course.plan.events))
     return [grows, check, *([] if r.young is None else [YoungRatesCallback(r.young)])]
 
-# %% ../../nbs/experiments/02_run.ipynb #000003b6
+# %% ../../nbs/experiments/02_run.ipynb #000004de
 def learner_of(
     setup:Setup,    # What is asked
     data,           # Pictures: `Patterns()` or what `load_images` gives
@@ -180,7 +180,7 @@ def learner_of(
     learn.logger = noop
     return setup.engine.apply(setup.precision.apply(learn.remove_cb(ProgressCallback)))
 
-# %% ../../nbs/experiments/02_run.ipynb #000003ba
+# %% ../../nbs/experiments/02_run.ipynb #000004e2
 _files = 'config.json','log.json','result.json','checkpoint.safetensors','model.safetensors'
 _half = re.compile(rf"\.({'|'.join(map(re.escape,_files))})\.[0-9a-f]{{8}}") # what a killed process leaves of a file
 
@@ -203,7 +203,7 @@ def check_folder(
     if wrong:
         raise ValueError(f"{folder} holds another run: {'; '.join(wrong)}. Ask for the same, or choose another folder")
 
-# %% ../../nbs/experiments/02_run.ipynb #000003bb
+# %% ../../nbs/experiments/02_run.ipynb #000004e3
 @contextmanager
 def run_folder(
     folder:Path, # Of a run, perhaps not there yet
@@ -226,7 +226,7 @@ def run_folder(
         write_atomically(folder/'config.json', json.dumps(config,indent=1)+'\n')
         yield
 
-# %% ../../nbs/experiments/02_run.ipynb #000003bc
+# %% ../../nbs/experiments/02_run.ipynb #000004e4
 def result_of(
     folder # Of a run
 )->dict:   # Or None if it is not finished
@@ -252,7 +252,7 @@ def result(self:RunLog)->dict:
         events=len(events), checked=len(grown), change=most('change'), error=most('error'),
         new_neurons=total('new_width')-total('old_width'), moved=total('moved'), fires=total('fires'))
 
-# %% ../../nbs/experiments/02_run.ipynb #000003bd
+# %% ../../nbs/experiments/02_run.ipynb #000004e5
 def train_to_end(
     learn:Learner,   # From `learner_of`
     folder:Path=None,# Where log, checkpoint and result go; None keeps nothing
@@ -265,9 +265,10 @@ def train_to_end(
     try:
         learn.fit(log.course.epochs, cbs=resume)
     except ValueError as e:
-        if not isinstance(e,Diverged) and torch.isfinite(learn.loss):
+        loss = vars(learn).get('loss', torch.zeros(()))
+        if not isinstance(e,Diverged) and torch.isfinite(loss):
             raise
-        why = f"the training loss is {learn.loss.item()} at step {learn.train_iter}: lower the learning rate"
+        why = f"the training loss is {loss.item()} at step {learn.train_iter}: lower the learning rate"
         why = str(e).rpartition(':\n\t')[2] if isinstance(e,Diverged) else why # without what fastai puts in front
         log.rows['diverged'] = dict(step=learn.train_iter, why=why)
         log.write()
@@ -278,7 +279,7 @@ def train_to_end(
         write_atomically(folder/'result.json', json.dumps(result,indent=1)+'\n')
     return result
 
-# %% ../../nbs/experiments/02_run.ipynb #000003be
+# %% ../../nbs/experiments/02_run.ipynb #000004e6
 def run(
     setup:Setup,     # What is asked
     data,            # Pictures
@@ -294,5 +295,6 @@ def run(
     check_folder(folder, config)
     if done := result_of(folder):
         return done
+    learn = learner_of(setup, data, device, cbs) # what cannot be trained gets no folder
     with run_folder(folder, config):
-        return train_to_end(learner_of(setup, data, device, cbs), folder, save_seconds)
+        return train_to_end(learn, folder, save_seconds)

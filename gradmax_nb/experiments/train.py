@@ -21,7 +21,9 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 from .data import Patterns, load_images
-from .recipe import Autocast, Compiled, Corner, Eager, FullPrecision, Setup, contenders, recipes
+from .recipe import Setup, contenders, recipes
+from ..model.surgery import Corner
+from ..train.arithmetic import Autocast, Compiled, Eager, FullPrecision
 from .report import collect, runs_of, table
 from .run import check_folder, result_of, run
 from ..train.sweep import Unfinished, sweep
@@ -88,7 +90,7 @@ def _add_machine(g):
     g.add_argument('--amp', choices=['bf16','fp16'], help='mixed precision, on a GPU')
     g.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile; BACKEND[:MODE]')
     g.add_argument('--no-channels-last', action='store_true', help='keep the usual memory layout')
-    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check every so many events (%(default)s)')
+    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check each so many events (%(default)s)')
     g.add_argument('--save-seconds', type=_positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
     g.add_argument('--cache', metavar='FOLDER', help='where decoded pictures are kept for the next run')
 
@@ -186,7 +188,8 @@ class Lines(Callback):
         "Time to the end, going by the FLOPs of the plan."
         plan,(began,step) = self.learn.run_log.course.plan,self._began
         here = plan.total(self.learn.train_iter)
-        return format_time((time.monotonic()-began)/(here-plan.total(step))*(plan.total()-here))
+        done = here-plan.total(step) # nothing, where a run goes on right at the end of an epoch
+        return format_time((time.monotonic()-began)/done*(plan.total()-here)) if done else '?'
     def after_epoch(self):
         log = self.learn.run_log
         e,s,c,full = log.rows['epochs'][-1],log.setup,log.course,sum(log.course.full.values())

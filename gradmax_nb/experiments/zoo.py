@@ -150,5 +150,6 @@ def target_widths(
     wider = [n for n in now if now[n]>then[n]]
     if wider:
         n = wider[0]
-        raise ValueError(f"`{n}` has {now[n]} channels in the small network and {then[n]} in the big: give the small one first")
+        raise ValueError(f"`{n}` has {now[n]} channels in the small network, {then[n]} in the big one: "
+            "give the small one first")
     return {n:w for n,w in then.items() if w>now[n]}

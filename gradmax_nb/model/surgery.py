@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['sync_sizes', 'append_outputs', 'append_inputs', 'extension', 'append_channels', 'surgery_guard', 'fit_to',
-           'load_corner']
+           'load_corner', 'OwnWidth', 'Corner']
 
 # %% ../../nbs/model/00_surgery.ipynb #00000002
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import singledispatch
 import torch
 from torch import nn
@@ -273,3 +274,22 @@ def load_corner(
     for name,block in [(n,_corner(state_dict.get(n),t,n)) for n,t in own.items()]:
         own[name].copy_(block)
     return model
+
+# %% ../../nbs/model/00_surgery.ipynb #0000003c
+@dataclass(frozen=True)
+class OwnWidth:
+    "The seed draws its weights for its own width, as in the paper."
+    def __call__(self,
+        build,      # `width -> network`
+        width:float # Of the seed
+    )->nn.Module:
+        "The seed as it is drawn."
+        return build(width)
+
+@dataclass(frozen=True)
+class Corner:
+    "The seed is the corner of the full network: one draw, of which each layer keeps its first channels."
+    def __call__(self, build, width:float)->nn.Module:
+        "The seed, from two networks that `build` draws."
+        full = build(1.).state_dict()
+        return load_corner(build(width), full)

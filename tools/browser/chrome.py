@@ -1,5 +1,5 @@
-"""A headless Chromium for the tests in this folder. They need Debian's `chromium` and `chromium-driver` and `pip install selenium`;
-without them `browser` ends the script with exit code 77 and says what is missing."""
+"""A headless Chromium for the tests in this folder. They need Debian's `chromium` and `chromium-driver` and
+`pip install selenium`; without them `browser` ends the script with exit code 77 and says what is missing."""
 
 import shutil
 import sys
@@ -41,7 +41,8 @@ def browser(width=1280, height=900, dark=False):
     "A Selenium driver with a profile of its own; the console is logged"
     if missing():
         print(
-            f"skipped: not installed here: {', '.join(missing())} (apt-get install chromium chromium-driver; pip install selenium)"
+            f"skipped: not installed here: {', '.join(missing())} "
+            '(apt-get install chromium chromium-driver; pip install selenium)'
         )
         sys.exit(SKIPPED)
     from selenium import webdriver

@@ -1,8 +1,9 @@
 """Drives GrowthDashboard in a real JupyterLab: `python tools/browser/dashboard.py [--pictures FOLDER] [--benchmark]`.
 
-A headless Chromium starts a training, presses *Grow now*, *Pause*, *Resume* and *Stop*, and compares what it sees with the model
-and the record: with the training in a thread and no subshells, and in a cell that blocks, with them. Needs `pip install
-jupyterlab selenium` beside this package, and Debian's chromium and chromium-driver; exits with 77 where there is no browser.
+A headless Chromium starts a training, presses *Grow now*, *Pause*, *Resume* and *Stop*, and compares what it sees with
+the model and the record: with the training in a thread and no subshells, and in a cell that blocks, with them. Needs
+`pip install jupyterlab selenium` beside this package, and Debian's chromium and chromium-driver; exits with 77 where
+there is no browser.
 `--benchmark` measures instead what the dashboard costs, and writes nbs/experiments/results/dashboard.json."""
 
 import argparse
@@ -36,15 +37,18 @@ torch.set_num_threads(1)
 set_seed(0)
 x,y = load_digits(return_X_y=True)
 x,y = torch.tensor(x/16-.3, dtype=torch.float32).view(-1,1,8,8), torch.tensor(y)
-dls = DataLoaders(TfmdDL(TensorDataset(x[:1024].repeat(20,1,1,1),y[:1024].repeat(20)), bs=64, shuffle=True, num_workers=0), TfmdDL(TensorDataset(x[1024:],y[1024:]), bs=512, num_workers=0))
-model = nn.Sequential(nn.Conv2d(1,2,3,padding=1), nn.ReLU(), nn.Conv2d(2,4,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64,10))
+train = TfmdDL(TensorDataset(x[:1024].repeat(20,1,1,1),y[:1024].repeat(20)), bs=64, shuffle=True, num_workers=0)
+dls = DataLoaders(train, TfmdDL(TensorDataset(x[1024:],y[1024:]), bs=512, num_workers=0))
+convs = nn.Conv2d(1,2,3,padding=1), nn.ReLU(), nn.Conv2d(2,4,3,stride=2,padding=1), nn.ReLU()
+model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(64,10))
 learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD,mom=.9), lr=.005)
 '''
 WAYS = {'background': 'dash.background(learn.fit, 10_000);', 'blocking': 'learn.fit(10_000)'}
 REPORT = '''
 dash.wait()
 check_optimizer(learn.opt, learn.model)
-Path('report.json').write_text(json.dumps(dict(history=learn.growth.history[['step','site','old_width','new_width','method']].to_dict('records'),
+history = learn.growth.history[['step','site','old_width','new_width','method']].to_dict('records')
+Path('report.json').write_text(json.dumps(dict(history=history,
     widths={s.name:s.width for s in find_sites(model, x[:8])[0]}, steps=learn.growth.steps)))
 print('reported')
 '''
@@ -266,26 +270,34 @@ def drive(way, pictures):
 BENCHMARK = """
 import platform, time, matplotlib, ipykernel, ipywidgets, fastai
 import gradmax_nb.show.dashboard as D
-D._Ledger.__init__.__defaults__ = (time.process_time,)
-def wide(a, b): return nn.Sequential(nn.Conv2d(1,a,3,padding=1), nn.ReLU(), nn.Conv2d(a,b,3,padding=1), nn.ReLU(), nn.Conv2d(b,b,3,stride=2,padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16*b,10))
+D.Ledger.__init__.__defaults__ = (time.process_time,)
+def wide(a, b):
+    convs = nn.Conv2d(1,a,3,padding=1), nn.Conv2d(a,b,3,padding=1), nn.Conv2d(b,b,3,stride=2,padding=1)
+    return nn.Sequential(*(m for c in convs for m in (c,nn.ReLU())), nn.Flatten(), nn.Linear(16*b,10))
 def train(watched, widths, epochs):
     set_seed(0)
     learn = Learner(dls, wide(*widths), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD,mom=.9), lr=.005)
     dash = GrowthDashboard(learn) if watched else None
     start = time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=GrowthCallback(BoundMax(), EveryN(320*epochs//4, times=3)))
+    grow = GrowthCallback(BoundMax(), EveryN(320*epochs//4, times=3))
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=grow)
     return time.process_time()-start, dash
 def measure_cost(name, widths, epochs, pairs):
     runs = [train(i%2, widths, epochs) for i in range(2*pairs)]
     plain,watched = ([s for s,_ in runs[i::2]] for i in (0,1))
-    shares,pictures = ([f(d,s) for s,d in runs[1::2]] for f in (lambda d,s: d.ledger.spent/s, lambda d,s: d.ledger.pictures))
-    return dict(name=name, steps=320*epochs, step_ms=round(1000*min(plain)/320/epochs,2), pairs=pairs, pictures=min(pictures), share=round(max(shares),4),
-                cpu_change=round(min(watched)/min(plain)-1,4), cpu_seconds=dict(without=[round(s,2) for s in plain], watched=[round(s,2) for s in watched]))
+    shares,pictures = [d.ledger.spent/s for s,d in runs[1::2]],[d.ledger.pictures for _,d in runs[1::2]]
+    seconds = dict(without=[round(s,2) for s in plain], watched=[round(s,2) for s in watched])
+    return dict(name=name, steps=320*epochs, step_ms=round(1000*min(plain)/320/epochs,2), pairs=pairs,
+                pictures=min(pictures), share=round(max(shares),4), cpu_change=round(min(watched)/min(plain)-1,4),
+                cpu_seconds=seconds)
 """
 MEASURE = """
 runs = [measure_cost('small network', (2,4), 50, 2), measure_cost('larger network', (16,32), 20, 2)]
-cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
-versions = dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, matplotlib=matplotlib.__version__, ipykernel=ipykernel.__version__, ipywidgets=ipywidgets.__version__)
+info = Path('/proc/cpuinfo')
+named = [l.split(':')[1].strip() for l in info.open() if l.startswith('model name')] if info.exists() else []
+cpu = (named or [platform.processor()])[0]
+modules = torch,fastai,matplotlib,ipykernel,ipywidgets
+versions = dict(python=platform.python_version(), **{m.__name__:m.__version__ for m in modules})
 Path('report.json').write_text(json.dumps(dict(hardware=f'{cpu}, 1 thread', versions=versions, runs=runs)))
 """
 
@@ -322,7 +334,8 @@ def main():
     args = parser.parse_args()
     if missing():
         print(
-            f'skipped: not installed here: {", ".join(missing())} (apt-get install chromium chromium-driver; pip install selenium jupyterlab)'
+            f'skipped: not installed here: {", ".join(missing())} '
+            '(apt-get install chromium chromium-driver; pip install selenium jupyterlab)'
         )
         return SKIPPED
     if args.pictures:

@@ -1,8 +1,9 @@
-"""Opens every page of the site in a headless Chromium, straight from the files: `python tools/browser/pages.py [FOLDER] [--pictures FOLDER]`.
+"""Opens every page of the site in a headless Chromium, from the files: `pages.py [FOLDER] [--pictures FOLDER]`.
 
-Each page in light, dark and at a width of 390 px: nothing on the console, no request to another host, no horizontal overflow, formulas
-drawn, sliders that move their figures, no serious finding of axe-core; and the search finds what it should. Needs Debian's chromium
-and chromium-driver, `pip install selenium`, and npm for axe-core; exits with 77 where there is no browser."""
+Each page in light, dark and at a width of 390 px: nothing on the console, no request to another host, no horizontal
+overflow, formulas drawn, sliders that move their figures, no serious finding of axe-core; and the search finds what it
+should. Needs Debian's chromium and chromium-driver, `pip install selenium`, and npm for axe-core; exits with 77 where
+there is no browser."""
 
 import argparse
 import json
@@ -23,33 +24,45 @@ document.fonts.ready.then(() => setTimeout(() => done(look()), 100));
 function look() {
 const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth, out = [];
 if (wide > 1) {
-  const worst = [...document.querySelectorAll('article *')].filter(o => o.getBoundingClientRect().right > innerWidth + 1 && !o.closest('pre, .table-wrapper, .math'));
-  out.push(`is ${wide} px wider than the window: ${worst.slice(0, 3).map(o => o.tagName + '.' + o.className).join(' ')}`);
+  const beyond = o => o.getBoundingClientRect().right > innerWidth + 1 && !o.closest('pre, .table-wrapper, .math');
+  const worst = [...document.querySelectorAll('article *')].filter(beyond).slice(0, 3);
+  out.push(`is ${wide} px wider than the window: ${worst.map(o => o.tagName + '.' + o.className).join(' ')}`);
 }
 const math = [...document.querySelectorAll('.math')], drawn = math.filter(o => o.querySelector('.katex'));
 if (drawn.length < math.length) out.push(`draws ${drawn.length} of ${math.length} formulas`);
-for (const o of document.querySelectorAll('.katex-error')) out.push(`has a formula with an error: ${o.title || o.textContent.slice(0, 60)}`);
+for (const o of document.querySelectorAll('.katex-error'))
+  out.push(`has a formula with an error: ${o.title || o.textContent.slice(0, 60)}`);
 const copy = document.querySelector('article').cloneNode(true);
 copy.querySelectorAll('pre, code, script, style, .math, .katex').forEach(o => o.remove());
 const raw = copy.textContent.match(/[$].{0,40}/);
 if (raw) out.push(`shows a formula as typed: ${raw[0].slice(0, 60)}`);
-for (const o of document.querySelectorAll('article img')) if (!o.complete || !o.naturalWidth) if (getComputedStyle(o).display != 'none') out.push(`has an image that does not load: ${o.src.slice(0, 80)}`);
+const missing = o => (!o.complete || !o.naturalWidth) && getComputedStyle(o).display != 'none';
+for (const o of [...document.querySelectorAll('article img')].filter(missing))
+  out.push(`has an image that does not load: ${o.src.slice(0, 80)}`);
 return out;
 }
 '''
 SLIDE = '''
-const out = [], seen = f => [...f.querySelectorAll('img')].filter(o => getComputedStyle(o).display != 'none').map(o => o.src).join();
+const out = [], shown = o => getComputedStyle(o).display != 'none';
+const seen = f => [...f.querySelectorAll('img')].filter(shown).map(o => o.src).join();
 for (const s of document.querySelectorAll('article input[type=range]')) {
   const f = s.closest('figure'), pictures = new Set();
-  for (const v of [s.min, s.max]) { s.value = v; s.dispatchEvent(new Event('input', {bubbles: true})); pictures.add(seen(f)); }
+  for (const v of [s.min, s.max]) {
+    s.value = v;
+    s.dispatchEvent(new Event('input', {bubbles: true}));
+    pictures.add(seen(f));
+  }
   if (pictures.size < 2) out.push(`has a slider that moves nothing: ${s.getAttribute('aria-label')}`);
 }
 return [out, document.querySelectorAll('article input[type=range]').length];
 '''
 CHECK = '''
 const done = arguments[arguments.length - 1];
-axe.run(document, {resultTypes: ['violations'], preload: false}).then(r => done(r.violations.filter(v => ['serious', 'critical'].includes(v.impact))
-  .map(v => `${v.impact}: ${v.id} (${v.nodes.length} times): ${v.nodes[0].target.join(' ')} ${v.nodes[0].html.slice(0, 120)} ${(v.nodes[0].any[0] || {}).message || ''}`)), e => done([`axe: ${e}`]));
+const grave = v => ['serious', 'critical'].includes(v.impact);
+const where = n => `${n.target.join(' ')} ${n.html.slice(0, 120)} ${(n.any[0] || {}).message || ''}`;
+const said = v => `${v.impact}: ${v.id} (${v.nodes.length} times): ${where(v.nodes[0])}`;
+axe.run(document, {resultTypes: ['violations'], preload: false})
+  .then(r => done(r.violations.filter(grave).map(said)), e => done([`axe: ${e}`]));
 '''
 
 
