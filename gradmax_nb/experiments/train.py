@@ -18,6 +18,7 @@ from fastcore.basics import IN_NOTEBOOK
 from .data import Patterns, load_images
 from .recipe import Setup, completed, contenders, recipes
 from ..model.surgery import Corner
+from ..train.arguments import positive, whole
 from ..train.arithmetic import Autocast, Compiled, Eager, FullPrecision
 from .report import collect, runs_of, table
 from .run import run
@@ -28,23 +29,6 @@ from ..methods import FixedLength
 from ..train.packing import write_atomically
 from ..train.rates import Times
 from ..train.schedules import RoundRobin
-
-# %% ../../nbs/experiments/09_train.ipynb #000000d7
-def _whole(text):
-    "A whole number of at least 1."
-    if not text.isdecimal() or int(text)<1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
-    return int(text)
-
-def _positive(text):
-    "A positive number."
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0<value<float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
-    return value
 
 # %% ../../nbs/experiments/09_train.ipynb #000000d8
 def add_train_arguments(
@@ -65,37 +49,37 @@ _seeded = 'first weights, order of the pictures, growth batches; in a sweep the 
 
 # %% ../../nbs/experiments/09_train.ipynb #000000d9
 def _add_recipe(g):
-    g.add_argument('--epochs', type=_whole, metavar='N', help='passes over the training pictures (200; mobilenet 90)')
-    g.add_argument('--batch-size', type=_whole, metavar='N', help='pictures in a step (128; mobilenet 512)')
-    g.add_argument('--lr', type=_positive, metavar='X', help='peak learning rate for batches of 128 (0.1; others 0.05)')
-    g.add_argument('--growth-batch', type=_whole, metavar='N', help='pictures a growth is measured on (128)')
+    g.add_argument('--epochs', type=whole, metavar='N', help='passes over the training pictures (200; mobilenet 90)')
+    g.add_argument('--batch-size', type=whole, metavar='N', help='pictures in a step (128; mobilenet 512)')
+    g.add_argument('--lr', type=positive, metavar='X', help='peak learning rate for batches of 128 (0.1; others 0.05)')
+    g.add_argument('--growth-batch', type=whole, metavar='N', help='pictures a growth is measured on (128)')
     g.add_argument('--corner', action='store_true', help='cut the seed out of the full network, of one draw')
-    g.add_argument('--activation-scale', type=_positive, metavar='X', help=f'activation of new neurons, {_times} (1)')
-    g.add_argument('--length', type=_positive, metavar='X', help=f'length of new weights, {_times}; vgg: itself (0.5)')
-    g.add_argument('--young-rate', type=_positive, metavar='X', help=f'learning rate of new weights, {_times} (1)')
+    g.add_argument('--activation-scale', type=positive, metavar='X', help=f'activation of new neurons, {_times} (1)')
+    g.add_argument('--length', type=positive, metavar='X', help=f'length of new weights, {_times}; vgg: itself (0.5)')
+    g.add_argument('--young-rate', type=positive, metavar='X', help=f'learning rate of new weights, {_times} (1)')
     g.add_argument('--norm', action='store_true', help='BatchNorm between the layers of a grown pair')
     g.add_argument('--round-robin', action='store_true', help='one layer at each event, instead of all')
     g.add_argument('--equal-flops', action='store_true', help="train longer, until Baseline-Big's FLOPs are spent")
-    g.add_argument('--size', type=_whole, metavar='N', help='height and width of the pictures (as they are)')
+    g.add_argument('--size', type=whole, metavar='N', help='height and width of the pictures (as they are)')
 
 _times = "in multiples of the old ones'"
 
 # %% ../../nbs/experiments/09_train.ipynb #000000da
 def _add_machine(g):
     g.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
-    g.add_argument('--threads', type=_whole, metavar='N', help='processor threads of each run (1)', default=1)
+    g.add_argument('--threads', type=whole, metavar='N', help='processor threads of each run (1)', default=1)
     g.add_argument('--amp', choices=['bf16','fp16'], help='mixed precision, on a GPU')
     g.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile; BACKEND[:MODE]')
     g.add_argument('--no-channels-last', action='store_true', help='keep the usual memory layout')
-    g.add_argument('--check-every', type=_whole, default=1, metavar='N', help='check each so many events (%(default)s)')
-    g.add_argument('--save-seconds', type=_positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
+    g.add_argument('--check-every', type=whole, default=1, metavar='N', help='check each so many events (%(default)s)')
+    g.add_argument('--save-seconds', type=positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
     g.add_argument('--cache', metavar='FOLDER', help='where decoded pictures are kept for the next run')
 
 def _add_sweep(g):
     g.add_argument('--sweep', action='store_true', help='run every method with every seed')
     g.add_argument('--methods', metavar='A,B', help='only these (all)')
-    g.add_argument('--seeds', type=_whole, metavar='N', help='so many seeds, from --seed on (3)')
-    g.add_argument('--jobs', type=_whole, metavar='N', help='runs at the same time (1)')
+    g.add_argument('--seeds', type=whole, metavar='N', help='so many seeds, from --seed on (3)')
+    g.add_argument('--jobs', type=whole, metavar='N', help='runs at the same time (1)')
 
 # %% ../../nbs/experiments/09_train.ipynb #000000dc
 def setup_of(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Stopped', 'Stop', 'Lines']
 
-# %% ../../nbs/train/14_stop.ipynb #00000003
+# %% ../../nbs/train/14_stop.ipynb #00000018
 import signal
 import threading
 import time
 from fastai.callback.core import Callback
 from fastprogress.fastprogress import format_time
 
-# %% ../../nbs/train/14_stop.ipynb #0000000d
+# %% ../../nbs/train/14_stop.ipynb #00000022
 class Stopped(KeyboardInterrupt):
     "The run was asked to stop, and can go on from its checkpoint."
 
@@ -41,7 +41,7 @@ class Stop(Callback):
             learn = self.learn
             raise Stopped(f"stopped after step {learn.train_iter}, in epoch {learn.epoch+1} of {learn.n_epoch}")
 
-# %% ../../nbs/train/14_stop.ipynb #00000012
+# %% ../../nbs/train/14_stop.ipynb #00000029
 class Lines(Callback):
     "A line for each epoch."
     order = 90
