@@ -15,7 +15,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'gradmax_nb.cli._shape': ('cli.html#_shape', 'gradmax_nb/cli.py'),
                                 'gradmax_nb.cli._sites': ('cli.html#_sites', 'gradmax_nb/cli.py'),
                                 'gradmax_nb.cli._source': ('cli.html#_source', 'gradmax_nb/cli.py'),
-                                'gradmax_nb.cli._whole': ('cli.html#_whole', 'gradmax_nb/cli.py'),
                                 'gradmax_nb.cli.main': ('cli.html#main', 'gradmax_nb/cli.py')},
             'gradmax_nb.core.measure': { 'gradmax_nb.core.measure.Activity': ('core/measure.html#activity', 'gradmax_nb/core/measure.py'),
                                          'gradmax_nb.core.measure.Captured': ('core/measure.html#captured', 'gradmax_nb/core/measure.py'),
