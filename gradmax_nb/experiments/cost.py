@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core.measure import Offset, growth_matrix_of, measure, smallest_offset
 from ..core.sites import find_sites
-from .run import hardware, versions
+from ..train.folder import hardware, versions
 from ..train.packing import write_atomically
 from .zoo import wide_resnet
 from ..methods import GradMax

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from .recipe import Contender, Cosine
 from .report import paired, table
-from .run import hardware, versions
+from ..train.folder import hardware, versions
 from ..train.sweep import sweep
 from .zoo import small_net
 from ..methods import MirrorRandom, methods_by_name

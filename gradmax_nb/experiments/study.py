@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from joblib import Parallel, delayed
-from .run import hardware, versions
+from ..train.folder import hardware, versions
 from ..train.packing import write_atomically
 from .student_teacher import (COLOURED, LARGE, NOTEBOOK, SMALL, Setting, Task, White, contenders,
     extended, growth_flops, student_losses, restarts, travel)
