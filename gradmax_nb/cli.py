@@ -8,11 +8,11 @@ __all__ = ['main']
 # %% ../nbs/09_cli.ipynb #00000002
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from pathlib import Path
 from . import __version__
-from .train.arguments import whole
 
 # %% ../nbs/09_cli.ipynb #00000005
 def _recipe(args):
@@ -24,10 +24,10 @@ def _recipe(args):
         recipe = replace(recipe, steps=recipe.steps//2, growth_batch=recipe.growth_batch//2)
     return replace(recipe, **{k:v for k,v in (('steps',args.steps),('lr',args.lr)) if v is not None})
 
-def _names(args, recipe):
+def _names(args):
     "The contenders that the options ask for."
     from gradmax_nb.experiments.demo import contenders
-    known = list(contenders(recipe))
+    known = list(contenders())
     if args.methods is None:
         return known
     names = list(dict.fromkeys(n.strip() for n in args.methods.split(',') if n.strip()))
@@ -39,29 +39,32 @@ def _names(args, recipe):
 
 # %% ../nbs/09_cli.ipynb #00000006
 def _source(args):
-    from gradmax_nb.experiments.demo import Digits, Pictures
+    from gradmax_nb.experiments.data import Digits
+    from gradmax_nb.experiments.demo import Pictures
     if not args.data:
         return Digits()
-    return Pictures(args.data, args.size, *((1000,500) if args.quick else (args.train_limit,args.test_limit)))
+    return Pictures(args.data, args.size, (1000,500) if args.quick else (args.train_limit,args.test_limit))
 
 def _comparison(args):
     "What `gradmax demo` is to run."
     from gradmax_nb.experiments.demo import Comparison
     recipe = _recipe(args)
-    names,seeds = _names(args,recipe),args.seeds or (2 if args.quick else 3 if args.data else 8)
+    names,seeds = _names(args),args.seeds or (2 if args.quick else 3 if args.data else 8)
     return Comparison(_source(args), recipe, seeds, names, Path(args.out).expanduser())
 
 # %% ../nbs/09_cli.ipynb #00000007
 def _demo(args):
     "`gradmax demo`"
-    from gradmax_nb.experiments.demo import run_demo, table_text, verdict, write_report
+    import pandas as pd
+    from gradmax_nb.experiments.demo import run_demo, table, verdict, write_report
     c = _comparison(args)
     c.out.mkdir(parents=True, exist_ok=True)
     print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on",
           flush=True)
-    results,finished = run_demo(c, fresh=args.fresh, threads=args.threads)
-    print('\n'+table_text(results['summary'])+'\n')
-    for line in verdict(results['runs']):
+    results,finished = run_demo(c, fresh=args.fresh, jobs=args.jobs or os.cpu_count() or 1)
+    runs = pd.DataFrame(results['runs'])
+    print('\n'+table(runs).drop(columns='diverged').to_string(index=False)+'\n')
+    for line in verdict(runs):
         print(line)
     for path in write_report(c, results, args.command_line):
         print(path)
@@ -127,27 +130,33 @@ def _command(commands, name, run, about, example):
     p.set_defaults(run=run)
     return p
 
+def _whole(text):
+    "A whole number of at least 1."
+    if not text.isdecimal() or int(text)<1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
 # %% ../nbs/09_cli.ipynb #0000000f
 def _add_demo(commands):
     p = _command(commands, 'demo', _demo, 'grow a small convolutional network on real pictures, beside networks of '
                  'fixed width', 'gradmax demo --seeds 5 --out mine')
     p.add_argument('--out', default='gradmax-demo', metavar='FOLDER',
                    help='where figure, report, results and checkpoints go (%(default)s)')
-    p.add_argument('--seeds', type=whole, metavar='N', help='number of seeds (8; 3 with --data)')
-    p.add_argument('--steps', type=whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
+    p.add_argument('--seeds', type=_whole, metavar='N', help='number of seeds (8; 3 with --data)')
+    p.add_argument('--steps', type=_whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
     p.add_argument('--lr', type=float, metavar='X', help='learning rate at the start (0.02)')
     p.add_argument('--methods', metavar='A,B', help='only these, for instance BoundMax,Baseline-Small,Baseline-Big')
-    p.add_argument('--threads', type=whole, metavar='N', help='processor threads (1; all cores with --data)')
+    p.add_argument('--jobs', type=_whole, metavar='N', help='runs at the same time (one per processor core)')
     p.add_argument('--quick', action='store_true', help='a few seconds of training: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse finished runs found in the output folder')
     g = p.add_argument_group('your own pictures')
     g.add_argument('--data', metavar='FOLDER',
                    help='folder with train/CLASS/ and valid/CLASS/ (or val/, test/); without it: handwritten digits')
-    g.add_argument('--size', type=whole, default=32, metavar='N',
+    g.add_argument('--size', type=_whole, default=32, metavar='N',
                    help='height and width the pictures are brought to (%(default)s)')
-    g.add_argument('--train-limit', type=whole, default=15000, metavar='N',
+    g.add_argument('--train-limit', type=_whole, default=15000, metavar='N',
                    help='largest number of training pictures (%(default)s)')
-    g.add_argument('--test-limit', type=whole, default=4000, metavar='N',
+    g.add_argument('--test-limit', type=_whole, default=4000, metavar='N',
                    help='largest number of test pictures (%(default)s)')
 
 # %% ../nbs/09_cli.ipynb #000000f1
@@ -166,7 +175,7 @@ def _add_looks(commands):
     s = _command(commands, 'sites', _sites, 'list where a model can grow, and why it cannot elsewhere',
                  'gradmax sites torchvision.models:resnet18 --size 64')
     s.add_argument('model', help='MODULE:FUNCTION that builds the model')
-    s.add_argument('--size', type=whole, default=224, metavar='N',
+    s.add_argument('--size', type=_whole, default=224, metavar='N',
                    help='its input is a colour picture of N×N pixels (%(default)s)')
     s.add_argument('--shape', metavar='A,B,...', help='shape of one input of another kind, for instance 1,28,28')
     k = _command(commands, 'peek', _peek, 'show what is in a grown checkpoint, without a model',
@@ -180,7 +189,7 @@ def _parser(argv=()):
     p.add_argument('--version', action='version', version=f'gradmax_nb {__version__}')
     commands = p.add_subparsers(required=True, metavar='COMMAND')
     _add_demo(commands)
-    _experiment(commands, argv, 'teacher-student', 'student_teacher', 'study',
+    _experiment(commands, argv, 'teacher-student', 'study', 'study',
                 'imitate random teachers: all methods, many seeds', 'gradmax teacher-student --quick')
     _experiment(commands, argv, 'train', 'train', 'train',
                 'train a Wide-ResNet, VGG or MobileNet that grows, on a folder of pictures',

@@ -1,13 +1,15 @@
 """The golden record: numbers of this project that must not change by accident.
 
 `python tools/golden.py` measures them again and says in words what differs from the record; `--write PATH` makes a
-record. What is asked of the package stands in `golden_adapter.py`; this file knows nothing of the package."""
+record, `--accept-at PLACES --why TEXT` takes over what was meant to change, and notes old value, new value and reason.
+What is asked of the package stands in `golden_adapter.py`; this file knows nothing of the package."""
 import importlib.metadata
 import json
 import os
 import platform
 import sys
 import time
+from fnmatch import fnmatchcase
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -268,6 +270,22 @@ def compare(
     return list(differences(was, now, {} if exact else usual))
 
 
+def taken_over(was, now, places, why, place='', name=''):
+    "Put today's values into the record `was` where they differ at `places`, a pattern; one dict for each"
+    for k in range(len(was)) if isinstance(was, list) else list(was):
+        where = f'{place} [{k}]' if isinstance(was, list) else f'{place}, {k}' if place else k
+        if isinstance(was, dict) and k not in now:
+            if fnmatchcase(where, places) and twin(k) not in now:
+                yield dict(what=where, old=f'{count(was.pop(k))} values', new='not measured any more', why=why)
+            continue
+        a, b, kind = was[k], now[k], k if k in TOLERANCES else name
+        if type(a) is type(b) and (isinstance(a, dict) or isinstance(a, list) and len(a) == len(b)):
+            yield from taken_over(a, b, places, why, where, kind)
+        elif fnmatchcase(where, places) and list(differences(a, b, TOLERANCES, where, kind)):
+            was[k] = b
+            yield dict(what=where, old=a, new=b, why=why)
+
+
 def count(values):
     "How many values there are"
     if isinstance(values, (dict, list)):
@@ -291,6 +309,8 @@ def read_record(path=RECORD): return json.loads(Path(path).read_text(encoding='u
 
 def packed(o, depth=0, open_levels=3):
     "JSON with a line for each entry of the outer levels"
+    if isinstance(o, list) and o and isinstance(o[0], dict) and depth < open_levels:
+        return '[\n'+',\n'.join(packed(v, open_levels) for v in o)+'\n]'
     if isinstance(o, dict) and o and depth < open_levels:
         pad = ' '*(depth+1)
         rows = [f'{pad}{json.dumps(k)}: {packed(v, depth+1, open_levels)}' for k, v in o.items()]
@@ -298,18 +318,35 @@ def packed(o, depth=0, open_levels=3):
     return json.dumps(o, ensure_ascii=False, separators=(',', ':'))
 
 
+def write_text(path, text):
+    "Replace the file at `path` as a whole"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f'.{path.name}.new')
+    new.write_text(text, encoding='utf-8')
+    os.replace(new, path)
+
+
 def write_record(path, measured, code):
     "Replace the record at `path`"
-    path, libraries = Path(path), ('torch', 'numpy', 'scipy', 'scikit-learn', 'fastai', 'fastcore')
+    libraries = ('torch', 'numpy', 'scipy', 'scikit-learn', 'fastai', 'fastcore')
     versions = {n: importlib.metadata.version(n) for n in libraries}
     seeds = dict(demo_start=0, demo=[*range(8)], wrn=1, sites=dict(models=0, x=1, y=2, draws=4),
                  student_teacher=dict(teacher=0, students=3))
     versions = dict(python=platform.python_version(), **versions)
     made = dict(code=code, versions=versions, machine=machine(), threads=1, seeds=seeds)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f'.{path.name}.new')
-    new.write_text(packed(dict(made=made, measured=measured))+'\n', encoding='utf-8')
-    os.replace(new, path)
+    write_text(Path(path), packed(dict(made=made, measured=measured))+'\n')
+
+
+def accept(path, now, places, why):
+    "Take over into the record at `path` what differs at `places`; its `expected_changes` say what and why"
+    if not why:
+        raise SystemExit("a record changes for a reason only: give it with --why")
+    record = read_record(path)
+    measured = {n: v for n, v in record['measured'].items() if n in now}
+    found = list(taken_over(measured, now, places, why))
+    record.setdefault('expected_changes', []).extend(found)
+    write_text(Path(path), packed(record)+'\n')
+    return found
 
 
 @call_parse
@@ -320,6 +357,8 @@ def main(
     adapter:str='',        # Another file in the place of golden_adapter.py
     against:str='',        # Adapter of other code that runs in this process in the place of the record
     code:str='',           # With --write: which code this is, in words
+    accept_at:str='',      # Take over what differs at these places; * stands for anything
+    why:str='',            # With --accept-at: the reason
     threads:int=1,         # Threads of torch
     exact:store_true=False # Compare every bit
 ):
@@ -329,6 +368,9 @@ def main(
     if write:
         write_record(write, now, code)
         print(f'{write}: {count(now)} values')
+        return
+    if accept_at:
+        print('\n'.join(f"{c['what']}: {c['old']} -> {c['new']}" for c in accept(record, now, accept_at, why)))
         return
     was = dict(measured=measure(names, load_adapter(against), threads)) if against else read_record(record)
     found = compare(was, now, exact, threads)

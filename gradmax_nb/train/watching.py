@@ -25,13 +25,20 @@ from .flops import flop_counter, step_flops, tensors_in
 class FlopsCallback(Callback):
     "Training FLOPs, of all steps and of growing; counts over the life of this callback."
     order,run_valid,remove_on_fetch,_only_train_loop = 1000,False,True,True
-    def __init__(self): self.total,self.of_growth,self._known,self._counter = 0,0,{},None
+    def __init__(self):
+        self._spent,self._known,self._counter = dict(total=0, of_growth=0),{},None
 
     @property
     def name(self): return 'flops'
 
-    def state_dict(self)->dict: return dict(total=self.total, of_growth=self.of_growth)
-    def load_state_dict(self, state:dict): self.total,self.of_growth,self._known = state['total'],state['of_growth'],{}
+    @property
+    def total(self)->int: return self._spent['total'] # a dict, since setting an attribute of a callback takes long
+    @property
+    def of_growth(self)->int: return self._spent['of_growth']
+
+    def state_dict(self)->dict: return dict(self._spent)
+    def load_state_dict(self, state:dict):
+        self._spent,self._known = {k:state[k] for k in ('total','of_growth')},{}
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
@@ -41,13 +48,14 @@ class FlopsCallback(Callback):
 @patch
 def step(self:FlopsCallback)->int:
     "FLOPs of the present step."
-    shapes = tuple(t.shape for t in tensors_in(tuple(self.learn.xb)))
+    xb = tuple(self.learn.xb)
+    shapes = tuple(t.shape if isinstance(t,torch.Tensor) else tuple(o.shape for o in tensors_in(t)) for t in xb)
     if shapes not in self._known:
-        self._known[shapes] = step_flops(get_model(self.learn.model), tuple(self.learn.xb))
+        self._known[shapes] = step_flops(get_model(self.learn.model), xb)
     return self._known[shapes]
 
 @patch
-def after_backward(self:FlopsCallback): self.total += self.step()
+def after_backward(self:FlopsCallback): self._spent['total'] += self.step()
 
 @patch
 def before_growth(self:FlopsCallback, sites, batch):
@@ -64,7 +72,8 @@ def after_cancel_growth(self:FlopsCallback):
 def after_growth(self:FlopsCallback, records, batch):
     spent = self._counter.get_total_flops()
     self.after_cancel_growth()
-    self.total,self.of_growth = self.total+spent,self.of_growth+spent
+    for what in self._spent:
+        self._spent[what] += spent
 
 # %% ../../nbs/train/06a_watching.ipynb #00000041
 class GrowthCheck(Callback):
