@@ -68,7 +68,7 @@ def pictures_recipe()->Recipe:
     "The recipe for a folder of pictures."
     return Recipe(steps=1500, seed_widths=(8,8), full_widths=(32,32), grown_by=.45)
 
-# %% ../../nbs/experiments/04_demo.ipynb #0000009d
+# %% ../../nbs/experiments/04_demo.ipynb #000000a0
 class Pictures:
     "A folder of pictures with train/CLASS/ and valid/CLASS/ (or val/, test/)."
     def __init__(self,
@@ -302,7 +302,7 @@ def demo_figure(
     title = f'{best} starts small and grows while it trains' if best else 'Training loss'
     left = new_axes(left, title, 'training step', 'training loss (median over seeds)')
     _plot_curves(left, runs, [n for n in ('Baseline-Small','Baseline-Big',best) if n in order], best)
-    cost = runs.rename(columns=dict(relative_flops='flops', accuracy='value'))
+    cost = runs.assign(flops=runs.relative_flops, value=runs.accuracy)
     plot_compare(cost[cost.method.isin(order)], 'test accuracy, %', 'Accuracy and what it cost (± standard error)',
                  'training FLOPs, Baseline-Big = 1', _colours, right)
     return fig

@@ -7,6 +7,7 @@ __all__ = ['LeanLearner', 'Diverged', 'StepLosses', 'ValidateOnce', 'ExactSchedu
 
 # %% ../../nbs/train/08_learner.ipynb #00000088
 import math
+from operator import is_
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
@@ -17,7 +18,7 @@ from fastai.torch_core import get_model
 
 # %% ../../nbs/train/08_learner.ipynb #00000092
 class LeanLearner(Learner):
-    "fastai's `Learner`, with the callbacks that answer an event looked up once instead of at each event."
+    "fastai's `Learner` that looks up once who answers an event, and searches no batch that is where the model is."
     def _answering(self, name):
         "The callbacks that answer the event `name`, in order."
         if not hasattr(event, name):
@@ -28,9 +29,9 @@ class LeanLearner(Learner):
         return [cb for cb in self.cbs.sorted('order') if name=='after_fit' or answers(cb)]
 
     def _call_one(self, event_name):
-        now,known = tuple(self.cbs),self.__dict__.get('_known')
-        if known is None or len(known[0])!=len(now) or any(a is not b for a,b in zip(known[0],now)):
-            known = self.__dict__['_known'] = (now,{})
+        now,known = self.cbs.items,self.__dict__.get('_answers')
+        if known is None or len(known[0])!=len(now) or not all(map(is_, known[0], now)):
+            known = self.__dict__['_answers'] = (list(now),{})
         if event_name not in known[1]:
             known[1][event_name] = self._answering(event_name)
         for cb in known[1][event_name]:
@@ -40,7 +41,12 @@ class LeanLearner(Learner):
         for name in ([event_name] if isinstance(event_name, str) else event_name):
             self._call_one(name)
 
-    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k!='_known'}
+    def _set_device(self, b):
+        device = next(self.model.parameters()).device
+        there = isinstance(b,tuple) and all(isinstance(t,torch.Tensor) and t.device==device for t in b)
+        return b if there else super()._set_device(b)
+
+    def __getstate__(self): return {k:v for k,v in super().__getstate__().items() if k!='_answers'}
 
 # %% ../../nbs/train/08_learner.ipynb #00000097
 class Diverged(ValueError):
@@ -101,12 +107,19 @@ class ExactSchedule(ParamScheduler):
         total:int=None # Steps of the whole fit; None: all batches of all epochs
     ):
         super().__init__(scheds)
-        self.total = total
+        self.total,self._now = total,{}
 
     def before_batch(self):
         "Set the hyper-parameters of the coming step."
         total = self.learn.n_epoch*len(self.learn.dls.train) if self.total is None else self.total
-        self._update_val(self.learn.train_iter/total)
+        for name,f in self.scheds.items():
+            self._now[name] = f(self.learn.train_iter/total)
+            self.learn.opt.set_hyper(name, self._now[name])
+
+    def after_batch(self):
+        "Note them; numbers are known without asking the optimizer."
+        for name,v in self._now.items():
+            self.hps[name].append(v if isinstance(v,float) else self.learn.opt.hypers[-1][name])
 
 # %% ../../nbs/train/08_learner.ipynb #000000b2
 @dataclass(frozen=True)
