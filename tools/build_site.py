@@ -169,7 +169,7 @@ def table(sym, name):
 
 
 def undocumented():
-    "Exported names without a docstring, and parameters of theirs without a meaning"
+    "Exported names without a docstring, and parameters that neither a docment nor the docstring explains"
     for module in modules():
         for name in module.__all__:
             sym = getattr(module, name)
@@ -178,7 +178,7 @@ def undocumented():
             if not (sym.__doc__ or '').strip():
                 yield f'{module.__name__}: {name} has no docstring'
             for k, v in parameters(sym).items():
-                if k != 'return' and not v['docment']:
+                if k != 'return' and not v['docment'] and f'`{k}`' not in sym.__doc__:
                     yield f'{module.__name__}: the parameter {k} of {name} has no meaning'
 
 

@@ -45,7 +45,7 @@ class _Pictures:
 
 # %% ../../nbs/experiments/01_data.ipynb #00000100
 class InMemory(_Pictures):
-    "Training and test pictures that are kept in memory."
+    "Training and test pictures that are kept in memory; `facts` go to results files."
     def __init__(self,
         name:str,      # What the set is called
         classes:list,  # Names of the classes
@@ -225,7 +225,7 @@ def _recalled(listed, size, cache, workers):
 
 # %% ../../nbs/experiments/01_data.ipynb #00000130
 class InFiles(_Pictures):
-    "Pictures that are opened when a batch needs them."
+    "Pictures that are opened when a batch needs them; `facts` go to results files."
     def __init__(self,
         name:str,         # What the set is called
         classes:list,     # Names of the classes

@@ -60,7 +60,7 @@ def _finals(courses):
 
 # %% ../../nbs/experiments/05a_study.ipynb #00000144
 def run_setting(study:Study, setting:Setting, processes:int=1, show:bool=False)->dict:
-    "All teachers and contenders of one setting of a study, as plain numbers."
+    "All teachers and contenders of one `setting` of a `study`, in worker `processes`; `show` reports progress."
     known,tasks = study.contenders(setting),[Task(setting, study.first_teacher+t) for t in range(study.teachers)]
     costs = {n:growth_flops(setting, c) for n,c in known.items()}
     work = [delayed(_job)(t, c, study.seeds, costs[n]) for n,c in known.items() for t in tasks]

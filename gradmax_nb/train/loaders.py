@@ -140,7 +140,7 @@ class _Epochs(TfmdDL):
 
 # %% ../../nbs/train/09_loaders.ipynb #0000002e
 class EpochDL(_Epochs):
-    "Batches of `Tensors`; an epoch is drawn from `generator(epoch)` alone."
+    "Batches of `Tensors`; an epoch is drawn from `generator(epoch)` alone; `kwargs` are a `DataLoader`'s."
     def __init__(self, dataset, bs=64, shuffle=False, generator=None, total=None, **kwargs):
         super().__init__(dataset, bs, shuffle, generator, total, **{**kwargs, 'num_workers':0})
     def __iter__(self):
@@ -163,7 +163,7 @@ class EachEpoch(Callback):
 
 # %% ../../nbs/train/09_loaders.ipynb #00000037
 class ItemDL(_Epochs):
-    "fastai's loader with its transforms, and an epoch that is drawn from `generator(epoch)` alone."
+    "fastai's loader with its transforms, and an epoch drawn from `generator(epoch)` alone; `kwargs` are fastai's."
     number = 0 # stands for the epoch
     def __init__(self, dataset, bs=64, shuffle=False, generator=None, total=None, **kwargs):
         super().__init__(dataset, bs, shuffle, generator, total, **kwargs)
