@@ -13,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 from . import __version__
+from .train.arguments import whole
 
 # %% ../nbs/09_cli.ipynb #00000005
 def _recipe(args):
@@ -130,33 +131,27 @@ def _command(commands, name, run, about, example):
     p.set_defaults(run=run)
     return p
 
-def _whole(text):
-    "A whole number of at least 1."
-    if not text.isdecimal() or int(text)<1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
-    return int(text)
-
 # %% ../nbs/09_cli.ipynb #0000000f
 def _add_demo(commands):
     p = _command(commands, 'demo', _demo, 'grow a small convolutional network on real pictures, beside networks of '
                  'fixed width', 'gradmax demo --seeds 5 --out mine')
     p.add_argument('--out', default='gradmax-demo', metavar='FOLDER',
                    help='where figure, report, results and checkpoints go (%(default)s)')
-    p.add_argument('--seeds', type=_whole, metavar='N', help='number of seeds (8; 3 with --data)')
-    p.add_argument('--steps', type=_whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
+    p.add_argument('--seeds', type=whole, metavar='N', help='number of seeds (8; 3 with --data)')
+    p.add_argument('--steps', type=whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
     p.add_argument('--lr', type=float, metavar='X', help='learning rate at the start (0.02)')
     p.add_argument('--methods', metavar='A,B', help='only these, for instance BoundMax,Baseline-Small,Baseline-Big')
-    p.add_argument('--jobs', type=_whole, metavar='N', help='runs at the same time (one per processor core)')
+    p.add_argument('--jobs', type=whole, metavar='N', help='runs at the same time (one per processor core)')
     p.add_argument('--quick', action='store_true', help='a few seconds of training: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse finished runs found in the output folder')
     g = p.add_argument_group('your own pictures')
     g.add_argument('--data', metavar='FOLDER',
                    help='folder with train/CLASS/ and valid/CLASS/ (or val/, test/); without it: handwritten digits')
-    g.add_argument('--size', type=_whole, default=32, metavar='N',
+    g.add_argument('--size', type=whole, default=32, metavar='N',
                    help='height and width the pictures are brought to (%(default)s)')
-    g.add_argument('--train-limit', type=_whole, default=15000, metavar='N',
+    g.add_argument('--train-limit', type=whole, default=15000, metavar='N',
                    help='largest number of training pictures (%(default)s)')
-    g.add_argument('--test-limit', type=_whole, default=4000, metavar='N',
+    g.add_argument('--test-limit', type=whole, default=4000, metavar='N',
                    help='largest number of test pictures (%(default)s)')
 
 # %% ../nbs/09_cli.ipynb #000000f1
@@ -175,7 +170,7 @@ def _add_looks(commands):
     s = _command(commands, 'sites', _sites, 'list where a model can grow, and why it cannot elsewhere',
                  'gradmax sites torchvision.models:resnet18 --size 64')
     s.add_argument('model', help='MODULE:FUNCTION that builds the model')
-    s.add_argument('--size', type=_whole, default=224, metavar='N',
+    s.add_argument('--size', type=whole, default=224, metavar='N',
                    help='its input is a colour picture of N×N pixels (%(default)s)')
     s.add_argument('--shape', metavar='A,B,...', help='shape of one input of another kind, for instance 1,28,28')
     k = _command(commands, 'peek', _peek, 'show what is in a grown checkpoint, without a model',

@@ -100,9 +100,9 @@ def page_of(module):
 
 
 def parameters(sym):
-    "Name -> annotation, default, meaning; none for a class that takes what its library's class takes"
+    "Name -> annotation, default, meaning; none for a protocol, or where its library's class takes them"
     owner = next((c for c in sym.__mro__ if '__init__' in vars(c)), None) if inspect.isclass(sym) else sym
-    if not getattr(owner, '__module__', '').startswith('gradmax_nb'):
+    if getattr(sym, '_is_protocol', False) or not getattr(owner, '__module__', '').startswith('gradmax_nb'):
         return {'return': None}
     out = {k: dict(v) for k, v in docments(owner, full=True).items() if k != 'self'}
     for base in (
@@ -169,7 +169,7 @@ def table(sym, name):
 
 
 def undocumented():
-    "Exported names without a docstring, and parameters of theirs without a meaning"
+    "Exported names without a docstring, and parameters that neither a docment nor the docstring explains"
     for module in modules():
         for name in module.__all__:
             sym = getattr(module, name)
@@ -178,7 +178,7 @@ def undocumented():
             if not (sym.__doc__ or '').strip():
                 yield f'{module.__name__}: {name} has no docstring'
             for k, v in parameters(sym).items():
-                if k != 'return' and not v['docment']:
+                if k != 'return' and not v['docment'] and f'`{k}`' not in sym.__doc__:
                     yield f'{module.__name__}: the parameter {k} of {name} has no meaning'
 
 
@@ -332,10 +332,10 @@ def contents(pages):
     "The hidden tables of contents that make up the navigation"
 
     def tree(title, folder):
-        names = [p.as_posix() for p in pages if p.parent == Path(folder) and p != Path('index')]
+        names = [p.as_posix() for p in pages if p.parent == Path(folder) and p.as_posix() not in ('index', 'cli')]
         return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *names, '```']) if names else ''
 
-    api = ['```{toctree}', ':hidden:', ':caption: API', '', 'api', '```']
+    api = ['```{toctree}', ':hidden:', ':caption: Reference', '', 'cli', 'api', '```']
     return '\n\n'.join([*(tree(*o) for o in SECTIONS.items()), '\n'.join(api)])
 
 

@@ -8,10 +8,11 @@ __all__ = ['paper_table1', 'paper_table2', 'beside_paper', 'young_neurons', 'cos
 # %% ../../nbs/experiments/06_cifar.ipynb #00000002
 from pathlib import Path
 import pandas as pd
-from .recipe import as_json, flat, recipes
+from .recipe import as_json, recipes
 from .report import read_run, runs_of, table
 from ..show.neurons import old_and_new
 from ..train.checkpoint import load_grown
+from ..train.folder import flat
 
 # %% ../../nbs/experiments/06_cifar.ipynb #0000000f
 _fixed = 'Baseline-Small','Baseline-Big'

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core.measure import Offset, growth_matrix_of, measure, smallest_offset
 from ..core.sites import find_sites
-from .run import hardware, versions
+from ..train.folder import hardware, versions
 from ..train.packing import write_atomically
 from .zoo import wide_resnet
 from ..methods import GradMax
@@ -56,7 +56,7 @@ def conv_case(width:int=64, size:int=32, batch:int=128, k:int=16)->Case:
 
 # %% ../../nbs/experiments/08_cost.ipynb #000000a8
 def wrn_case(size:int=32, batch:int=128, depth:int=28)->Case:
-    "All blocks of a WRN of `depth` layers at once, by a quarter of their seed width; pictures of `size` x `size`."
+    "All blocks of a WRN of `depth` layers at once, by a quarter of their width; `batch` pictures of `size` x `size`."
     xy = torch.rand(batch,3,size,size),torch.randint(0,10,(batch,))
     title = f'WRN-{depth}-1 × 0.25, all {(depth-4)//2} blocks, batch {batch}, +25 %'
     return Case('wrn', title, wide_resnet(.25,depth=depth), xy, F.cross_entropy, .25)
@@ -77,7 +77,7 @@ def _grown_copy(net, opt, case, sites):
 
 # %% ../../nbs/experiments/08_cost.ipynb #000000ac
 def ratios(case:Case, repeats:int, threads:int)->dict:
-    "Seconds of a step and of a growth on `threads` threads, and their ratios in `repeats` pairs."
+    "Seconds of a step and of a growth of a `case` on `threads` threads, and their ratios in `repeats` pairs."
     before,net = torch.get_num_threads(),deepcopy(case.model)
     opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=.9)
     sites,steps,growths = find_sites(net, case.batch[0][:2])[0],[],[]
@@ -97,7 +97,7 @@ def ratios(case:Case, repeats:int, threads:int)->dict:
 
 # %% ../../nbs/experiments/08_cost.ipynb #000000af
 def in_dtype(case:Case, dtype:torch.dtype)->Case:
-    "The case with model and data in `dtype`."
+    "The `case` with model and data in `dtype`."
     def to(t): return t.to(dtype) if t.is_floating_point() else t
     return replace(case, model=deepcopy(case.model).to(dtype), batch=tuple(map(to, case.batch)))
 

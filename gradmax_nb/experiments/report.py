@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
-from .recipe import flat
+from ..train.folder import flat
 from ..show.figures import mean_and_error
 
 # %% ../../nbs/experiments/03_report.ipynb #0000007e

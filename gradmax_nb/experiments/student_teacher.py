@@ -115,7 +115,7 @@ class Students(nn.Module):
 
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003bc
 def newborn(setting:Setting, seeds:int, width:int)->Students:
-    "As many students as `seeds`, of `width` hidden neurons; the same seed and width give the same student."
+    "As many students as `seeds`, of `width` hidden neurons, for a `setting`; same seed and width, same student."
     def glorot(g, *shape): return (2*torch.rand(shape, generator=g)-1)*math.sqrt(6/sum(shape))
     gs = [torch.Generator().manual_seed(10_000+i) for i in range(seeds)]
     pairs = [(glorot(g, width, setting.d_in), glorot(g, setting.d_out, width)) for g in gs]
@@ -123,12 +123,12 @@ def newborn(setting:Setting, seeds:int, width:int)->Students:
 
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003bf
 def student_losses(students:Students, x:torch.Tensor, y:torch.Tensor)->torch.Tensor:
-    "Mean squared error of each student, `(r,)`, on inputs `(n, d_in)` and labels `(n, d_out)`."
+    "Mean squared error of each of the `students`, `(r,)`, on inputs `x` `(n, d_in)` and labels `y` `(n, d_out)`."
     with torch.no_grad():
         return (students(x.T)-y.T).square().mean((1,2))
 
 def stack_loss(out:torch.Tensor, y:torch.Tensor)->torch.Tensor:
-    "Sum of the students' mean squared errors, from outputs `(r, d_out, n)` and labels `(d_out, n)`."
+    "Sum of the students' mean squared errors, from outputs `out` `(r, d_out, n)` and labels `y` `(d_out, n)`."
     return F.mse_loss(out, y.expand_as(out), reduction='sum')/y.numel()
 
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003c5
@@ -155,7 +155,7 @@ def grown(
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003ce
 @cache
 def student_flops(setting:Setting, width:int)->int:
-    "FLOPs of one training step, forward and backward, of one student of `width` hidden neurons."
+    "FLOPs of one training step, forward and backward, of one student of `width` hidden neurons in a `setting`."
     return step_flops(newborn(setting, 1, width).student(0), torch.zeros(setting.samples, setting.d_in))
 
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003d3
@@ -188,7 +188,7 @@ def _norms(g_in, g_out, first=0):
     return (g_in[:,first:].square().sum((1,2))+g_out[:,:,first:].square().sum((1,2))).sqrt()
 
 class CourseCallback(Callback):
-    "Notes losses and gradient norms of a `Course`, and slows its older neurons down."
+    "Notes losses and gradient norms of a `course`, and slows its older neurons down."
     def __init__(self, course): self.course = course
     def before_step(self):
         c,m = self.course,self.learn.model
@@ -257,7 +257,7 @@ def contenders(
 
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003e9
 def growth_flops(setting:Setting, contender:Contender)->int:
-    "FLOPs of the growth of one student in all, by torch's counter (decompositions are not counted by it)."
+    "FLOPs of growing one student of a `contender` in a `setting`, by torch's counter (without decompositions)."
     if contender.method is None:
         return 0
     task,events = Task(setting, 0),len(contender.events(setting))
@@ -287,7 +287,7 @@ def restarts(
 
 # %% ../../nbs/experiments/05_student_teacher.ipynb #000003f1
 def extended(course:Course, cost:int)->Course:
-    "A copy that has trained on until, with `cost` FLOPs of growth, it has cost as much as Baseline-Big."
+    "A copy of `course`, trained on until, with `cost` FLOPs of growth, it has cost as much as Baseline-Big."
     s,out = course.task.setting,copy.deepcopy(course)
     left = s.steps*student_flops(s, s.width)-course.flops-cost
     return out.train(out.t+max(0, int(left//student_flops(s, out.students.width))))

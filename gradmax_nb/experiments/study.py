@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from joblib import Parallel, delayed
-from .run import hardware, versions
+from ..train.folder import hardware, versions
 from ..train.packing import write_atomically
 from .student_teacher import (COLOURED, LARGE, NOTEBOOK, SMALL, Setting, Task, White, contenders,
     extended, growth_flops, student_losses, restarts, travel)
@@ -60,7 +60,7 @@ def _finals(courses):
 
 # %% ../../nbs/experiments/05a_study.ipynb #00000144
 def run_setting(study:Study, setting:Setting, processes:int=1, show:bool=False)->dict:
-    "All teachers and contenders of one setting of a study, as plain numbers."
+    "All teachers and contenders of one `setting` of a `study`, in worker `processes`; `show` reports progress."
     known,tasks = study.contenders(setting),[Task(setting, study.first_teacher+t) for t in range(study.teachers)]
     costs = {n:growth_flops(setting, c) for n,c in known.items()}
     work = [delayed(_job)(t, c, study.seeds, costs[n]) for n,c in known.items() for t in tasks]

@@ -36,9 +36,14 @@ class Asked:
 
 class ByHand(GrowthCallback):
     "Grows what has been asked for."
-    def __init__(self, method, k, batch, tell):
+    def __init__(self,
+        method, # How new neurons get their weights
+        k,      # Neurons per request, or a rule
+        batch,  # Growth batch, as for `GrowthCallback`
+        tell    # Called with a message for people
+    ):
         super().__init__(method, Asked(), AllSites(), k, batch=batch)
-        self.tell = tell # called with a message for people
+        self.tell = tell
 
     @property
     def _record(self): return growth_log(self.learn) # whatever log another callback of the fit has brought along
