@@ -57,12 +57,18 @@ def _comparison(args):
 def _demo(args):
     "`gradmax demo`"
     import pandas as pd
+    import torch
     from gradmax_nb.experiments.demo import run_demo, table, verdict, write_report
     c = _comparison(args)
     c.out.mkdir(parents=True, exist_ok=True)
     print(f"{c.source.name}: {len(c.tasks)} runs of {c.recipe.steps} steps; Ctrl-C stops, the same command goes on",
           flush=True)
-    results,finished = run_demo(c, fresh=args.fresh, jobs=args.jobs or os.cpu_count() or 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1) # the networks are too small for more, and workers have one as well
+    try:
+        results,finished = run_demo(c, fresh=args.fresh, jobs=args.jobs or os.cpu_count() or 1)
+    finally:
+        torch.set_num_threads(before)
     runs = pd.DataFrame(results['runs'])
     print('\n'+table(runs).drop(columns='diverged').to_string(index=False)+'\n')
     for line in verdict(runs):
