@@ -1326,6 +1326,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'gradmax_nb/train/callback.py'),
                                            'gradmax_nb.train.callback.GrowthCallback.state_dict': ( 'train/callback.html#growthcallback.state_dict',
                                                                                                     'gradmax_nb/train/callback.py'),
+                                           'gradmax_nb.train.callback._is_frozen': ( 'train/callback.html#_is_frozen',
+                                                                                     'gradmax_nb/train/callback.py'),
                                            'gradmax_nb.train.callback._worst': ( 'train/callback.html#_worst',
                                                                                  'gradmax_nb/train/callback.py')},
             'gradmax_nb.train.checkpoint': { 'gradmax_nb.train.checkpoint.Checkpoint': ( 'train/checkpoint.html#checkpoint',

@@ -125,7 +125,9 @@ def demo_learner(
     if contender.method is not None:
         cbs.append(_growth(contender, data, recipe, order))
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum)
-    return LeanLearner(dls, model, F.cross_entropy, opt_func=sgd, lr=recipe.lr, metrics=accuracy, cbs=cbs)
+    learn = LeanLearner(dls, model, F.cross_entropy, opt_func=sgd, lr=recipe.lr, metrics=accuracy, cbs=cbs)
+    learn.recorder.run_train = False # `StepLosses` keeps every loss; a second record is a tenth of so small a step
+    return learn
 
 # %% ../../nbs/experiments/04_demo.ipynb #00000038
 def fit_demo(

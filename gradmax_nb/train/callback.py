@@ -110,7 +110,8 @@ def after_batch(self:GrowthCallback):
         return
     if next(cb for cb in self.learn.cbs if isinstance(cb, GrowthCallback)) is self: # several share the log
         self._record.steps += 1
-    if not self._trainable():
+    if all(map(_is_frozen, self._found)):
+        self._trainable()
         self._waited = True
         return
     self._ready = True
@@ -138,10 +139,12 @@ def _find(self:GrowthCallback):
     self._trainable()
 
 # %% ../../nbs/train/06_callback.ipynb #00000162
+def _is_frozen(site): return not all(m.weight.requires_grad for m in (site.producer,*site.consumers))
+
 @patch
 def _trainable(self:GrowthCallback):
     "The sites that are not frozen; warns once about the others."
-    frozen = [s.name for s in self._found if not all(m.weight.requires_grad for m in (s.producer,*s.consumers))]
+    frozen = [s.name for s in self._found if _is_frozen(s)]
     if new := [n for n in frozen if n not in self._warned]:
         waits = "growth waits for learn.unfreeze(), and steps do not count until then"
         every = f"every site is frozen ({', '.join(frozen)}): {waits}"
