@@ -8,9 +8,9 @@ __all__ = ['pad_layer_input', 'apply_layer', 'weight_gradient', 'input_gradient'
            'operating_point', 'Measurement', 'incoming_weight', 'outgoing_weights', 'outgoing_directions',
            'existing_incoming', 'existing_outgoing', 'Side', 'path_slopes', 'path_jvp', 'path_vjp',
            'starting_constants', 'positions', 'gradient_in', 'gradient_out', 'measure', 'top_singular',
-           'growth_matrix_of', 'dense_is_cheaper', 'subset', 'leading_directions', 'top_directions_of', 'rank_of',
-           'gain', 'set_norm_statistics', 'Activity', 'activity', 'existing_rms', 'input_samples', 'input_energy',
-           'adding', 'loss_with', 'with_neurons']
+           'growth_matrix_of', 'dense_is_cheaper', 'subset', 'leading_directions', 'Shortage', 'top_directions_of',
+           'rank_of', 'gain', 'set_norm_statistics', 'Activity', 'activity', 'existing_rms', 'input_samples',
+           'input_energy', 'adding', 'loss_with', 'with_neurons']
 
 # %% ../../nbs/core/01_measure.ipynb #00000002
 import itertools
@@ -866,20 +866,32 @@ def leading_directions(
     return top_singular(forward, backward, _first_block(m,block,whiten), k)
 
 # %% ../../nbs/core/01_measure.ipynb #000000ae
+class Shortage(ValueError):
+    "Raised by a method where the growth batch offers fewer neurons than were asked for."
+    site = None # Name of the site, added by whoever asked
+
+    def __init__(self,
+        message:str,  # Layer, cause and remedy
+        offered:int=0 # So many can be had
+    ):
+        super().__init__(message, offered)
+        self.message,self.offered = message,offered
+    def __str__(self): return self.message
+
 def top_directions_of(
     m:Measurement, # Site
     k:int          # Number of neurons
 )->tuple:          # `sigma (k,)`, `U (k, rows)`, `V (k, cols)`, best first
-    "The `k` leading singular triples of the growth matrix; raises `ValueError` where they carry no gradient."
+    "The `k` leading singular triples of the growth matrix; raises `Shortage` where they carry no gradient."
     most = min(m.rows, m.cols)
     if k>most:
-        raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but its growth matrix is {m.rows}x{m.cols} "
-                         f"and has at most {most} directions; ask for fewer per event")
+        raise Shortage(f"`{m.site.name}`: {k} neurons were asked for, but its growth matrix is {m.rows}x{m.cols} "
+                       f"and has at most {most} directions; ask for fewer per event", most)
     sigma,U,V = leading_directions(m, k)
     rank = rank_of(m, sigma)
     if rank<k:
-        raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but the growth matrix of this batch has "
-                         f"rank {rank}; ask for at most {rank} or give a larger growth batch")
+        raise Shortage(f"`{m.site.name}`: {k} neurons were asked for, but the growth matrix of this batch has "
+                       f"rank {rank}; ask for at most {rank} or give a larger growth batch", rank)
     return sigma, U, V
 
 # %% ../../nbs/core/01_measure.ipynb #000000af
@@ -887,13 +899,13 @@ def rank_of(
     m:Measurement,     # Site
     sigma:torch.Tensor # Leading singular values, best first
 )->int:
-    "How many of `sigma` carry a gradient; raises `ValueError` if none does."
+    "How many of `sigma` carry a gradient; raises `Shortage` if none does."
     if not torch.isfinite(sigma).all():
         raise ValueError(f"`{m.site.name}`: the growth matrix is not finite; check the loss and the inputs")
     if sigma[0]==0:
-        raise ValueError(f"`{m.site.name}`: the growth matrix is zero, so no direction is better than another: the "
-                         "gradient vanishes on this batch (a perfect fit, or dead neurons); use another batch or "
-                         "`RandomGrowth`")
+        raise Shortage(f"`{m.site.name}`: the growth matrix is zero, so no direction is better than another: the "
+                       "gradient vanishes on this batch (a perfect fit, or dead neurons); use another batch or "
+                       "`RandomGrowth`")
     return int((sigma > sigma[0]*max(1e-7, torch.finfo(sigma.dtype).eps*max(m.rows,m.cols))).sum())
 
 # %% ../../nbs/core/01_measure.ipynb #000000b8

@@ -8,7 +8,7 @@ __all__ = ['AsComputed', 'SignRule', 'ascend', 'pick_unlike', 'Lookahead', 'Sequ
 # %% ../../nbs/methods/02_gradmax.ipynb #000000f6
 from dataclasses import dataclass, field
 import torch
-from ..core.measure import (Side, existing_incoming, gain, gradient_in, loss_with, positions, subset,
+from ..core.measure import (Shortage, Side, existing_incoming, gain, gradient_in, loss_with, positions, subset,
     top_directions_of, with_neurons)
 from .proposal import LengthRule, Refinement, outgoing_proposal, unit_rows
 from .lengths import MeanNorm
@@ -92,6 +92,14 @@ def _best_step(m, steps, chosen, v, u):
     return trials[min(range(len(trials)), key=lambda i: losses[i] if losses[i]==losses[i] else float('inf'))]
 
 # %% ../../nbs/methods/02_gradmax.ipynb #00000115
+def _what_is_left(m, k, n):
+    "The leading singular triple after `n` of `k` neurons took their step."
+    try:
+        return top_directions_of(m, 1)
+    except Shortage as e:
+        raise Shortage(f"`{m.site.name}`: {k} neurons were asked for, but after {n} of them no gradient is left; ask "
+                       f"for at most {n} or give a larger growth batch", n) from e
+
 @dataclass
 class Sequential:
     "Choose neurons one after the other: each sees the gradient left over after those before it took their best step."
@@ -100,7 +108,7 @@ class Sequential:
     def __call__(self, m, V, G):
         chosen,steps,now = [],[],m
         for _ in range(len(V)):
-            sigma,u,v = top_directions_of(now, 1)
+            sigma,u,v = _what_is_left(now, len(V), len(chosen))
             v,g = self.inner(now, v, sigma[:,None]*u)
             steps.append(_best_step(m, steps, chosen, v, -unit_rows(g)))
             chosen.append(v)
@@ -115,7 +123,14 @@ class GradMax:
     refine:Refinement=field(default_factory=SignRule) # `AsComputed`, `SignRule`, `Lookahead` or `Sequential`
     length:LengthRule=field(default_factory=MeanNorm) # Length rule of the outgoing weights
 
+    def most(self, rows, cols):
+        "Neurons that one growth can get of a growth matrix of this size."
+        return min(rows, cols)
+
     def propose(self, m, k):
         sigma,U,V = top_directions_of(m, k)
         V,G = self.refine(m, V, sigma[:,None]*U)
+        if len(V)<k:
+            raise Shortage(f"`{m.site.name}`: {k} neurons were asked for, but {self.refine} finds {len(V)} directions "
+                           "with a gain; ask for fewer or give a larger growth batch", len(V))
         return outgoing_proposal(m, V, G, sigma, self.length)

@@ -8,7 +8,7 @@ __all__ = ['Ascent', 'MirrorGradMax', 'whitening_roots', 'whitening_roots_of', '
 # %% ../../nbs/methods/03_mirrored.ipynb #00000061
 from dataclasses import dataclass, field
 import torch
-from ..core.measure import activity, input_samples, leading_directions, rank_of
+from ..core.measure import Shortage, activity, input_samples, leading_directions, rank_of
 from gradmax_nb.methods.proposal import (LengthRule, comparison_length, gaussian_rows, incoming_proposal, strength_of,
     turned_to_fire, unit_rows)
 from .lengths import ActivationRMS, MeanNorm
@@ -39,8 +39,16 @@ def _mirrored(m, k, method, metric, back):
         best = pick_unlike(U if back is None else U@back, score, k, method.similarity)
         if len(best)==k:
             return incoming_proposal(m, U[best], score[best], method.length)
-    raise ValueError(f"`{m.site.name}`: {k} neurons were asked for, but this batch offers {len(best)} directions with "
-                     "a gradient, signs included; ask for fewer or give a larger growth batch")
+    raise Shortage(f"`{m.site.name}`: {k} neurons were asked for, but this batch offers {len(best)} directions with "
+                   "a gradient, signs included; ask for fewer or give a larger growth batch", len(best))
+
+# %% ../../nbs/methods/03_mirrored.ipynb #a57aa46d
+def _filled_up(m, p, k, method):
+    "The proposal `p` and random directions with a gradient, `k` neurons in all."
+    extra = turned_to_fire(m, gaussian_rows(m, k-len(p.incoming), m.rows))
+    score = method.score(activity(m, extra*comparison_length(m)))
+    U = torch.cat([unit_rows(p.incoming), extra[score>0]])
+    return incoming_proposal(m, U, torch.cat([p.sigma, score[score>0]]), method.length)
 
 # %% ../../nbs/methods/03_mirrored.ipynb #00000072
 @dataclass
@@ -52,6 +60,10 @@ class MirrorGradMax:
     similarity:float=.9     # Largest |cosine| between two chosen directions
 
     def score(self, act): return act.gradient.norm(dim=1)
+
+    def most(self, rows, cols): return 2*min(rows, cols)
+
+    def fill_up(self, m, p, k): return _filled_up(m, p, k, self)
 
     def propose(self, m, k): return _mirrored(m, k, self, None, None)
 
@@ -89,6 +101,10 @@ class BoundMax:
     floor:float=1e-3        # Eigenvalues of the inputs' second moment are raised to this fraction of the largest
 
     def score(self, act): return act.gradient.norm(dim=1)/act.rms.clamp_min(1e-30)
+
+    def most(self, rows, cols): return 2*min(rows, cols)
+
+    def fill_up(self, m, p, k): return _filled_up(m, p, k, self)
 
     def propose(self, m, k): return _mirrored(m, k, self, *whitening_roots_of(input_samples(m), self.floor))
 

@@ -36,7 +36,7 @@ class Method(Protocol):
         m:Measurement, # What was measured at the site
         k:int          # Number of new neurons
     )->Proposal:
-        "Weights for `k` new neurons; raises `ValueError` where the batch does not offer so many."
+        "Weights for `k` new neurons; raises `Shortage` where the batch does not offer so many."
         ...
 
 # %% ../../nbs/methods/00_proposal.ipynb #00000088

@@ -7,8 +7,9 @@ __all__ = ['Growth', 'grow', 'new_weights', 'new_gradients', 'measured_norm']
 
 # %% ../../nbs/train/00_growth.ipynb #00000002
 import math
+import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from ..core.measure import (Offset, Side, apply_layer, as_batches, incoming_weig
                                      outgoing_weights, pad_layer_input, set_norm_statistics, smallest_offset,
                                      starting_constants, zero_extensions)
 from ..core.sites import NewNeurons, Site, make_extensions, widen
+from ..methods.shortage import ShortageWarning, propose_up_to
 from ..model.optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from ..model.surgery import surgery_guard
 from ..model.untouched import untouched, unwrapped
@@ -33,8 +35,9 @@ class Growth:
     method:object         # The method
     loss:float            # Loss of the growth batch before growing
     zero:Side             # The side of the new weights that starts at zero
-    notes:list=field(default_factory=list) # What was decided about activations and norms, in words
+    notes:list=field(default_factory=list) # What was decided about activations and norms, and what was missing, in words
     fan_in:int=0          # Input channels of the producer when it was measured
+    asked:int=None        # Neurons that were asked for; None: not recorded
 
     def __repr__(self):
         widths = f"{self.old_width} -> {self.new_width}"
@@ -108,6 +111,7 @@ class _Plan:
     new:NewNeurons         # Its weights in the layout of the layers
     offsets:dict=field(default_factory=dict)         # Layer name -> constant to add to its new outputs
     counter_offsets:dict=field(default_factory=dict) # Consumer name -> constant to add to its new inputs
+    missing:str=''         # What the batch did not offer, in words
 
 def _with_zero_outgoing(m, p):
     "The plan for proposal `p`, whose outgoing weights are zero."
@@ -212,10 +216,10 @@ def _infinite(m): # the remedy is the same, whoever notices
     return ValueError(f"`{m.site.name}`: the gradient of the growth batch is not finite; check the inputs and the "
                       "loss, or lower the learning rate")
 
-def _propose(m, k, method):
-    "The method's proposal for one site, checked."
+def _propose(m, k, method, strict):
+    "The method's proposal for one site, checked, and what is missing of it."
     try:
-        p = method.propose(m, k)
+        p,missing = propose_up_to(m, k, method, strict)
     except torch.linalg.LinAlgError as e: # what a decomposition says about entries that are not finite
         raise _infinite(m) from e
     if not math.isfinite(p.predicted):
@@ -223,19 +227,27 @@ def _propose(m, k, method):
     if not (torch.isfinite(p.incoming).all() and torch.isfinite(p.outgoing).all()):
         raise ValueError(f"`{m.site.name}`: {method} proposed weights that are not finite; check the growth batch "
                          "and the length rule")
-    return p
+    return p,missing
 
 # %% ../../nbs/train/00_growth.ipynb #0000001b
-def _plan(m, k, method):
+def _plan(m, k, method, strict):
     "Proposal, weights and hooks for one site."
-    p = _propose(m, k, method)
-    return _with_zero_outgoing(m,p) if p.zero is Side.OUTGOING else _with_zero_incoming(m,p)
+    p,missing = _propose(m, k, method, strict)
+    plan = _with_zero_outgoing(m,p) if p.zero is Side.OUTGOING else _with_zero_incoming(m,p)
+    return replace(plan, missing=missing)
 
-def _record(m, plan, method):
+def _record(m, plan, method, asked):
     p,width = plan.proposal,m.site.width
+    notes = [] if p.zero is Side.OUTGOING else list(m.point.notes)
     return Growth(site=m.site, old_width=width, new_width=width+len(p.incoming), sigma=p.sigma.detach().cpu(),
                   predicted=float(p.predicted), method=method, loss=m.loss, zero=p.zero,
-                  notes=[] if p.zero is Side.OUTGOING else list(m.point.notes), fan_in=m.weight.shape[1])
+                  notes=notes+[plan.missing]*bool(plan.missing), fan_in=m.weight.shape[1], asked=asked)
+
+def _tell_shortages(records, plans):
+    "One warning for all sites of one growth."
+    said = [f"`{r.site.name}`: {p.missing}" for r,p in zip(records,plans) if p.missing]
+    if said:
+        warnings.warn('; '.join(said)+". Ask for fewer, or for an error with strict=True", ShortageWarning, stacklevel=3)
 
 # %% ../../nbs/train/00_growth.ipynb #0000001d
 def _apply(model, opt, plans, result):
@@ -257,7 +269,8 @@ def grow(
     method,           # How they get their weights: `GradMax()`, `BoundMax()`, ...
     batch,            # Growth batch `(xb, yb)`, or an iterable of such pairs
     loss_func,        # Loss of the training, `loss_func(model(xb), yb)`
-    opt=None          # Its optimizer (torch or fastai), which follows; None if there is none yet
+    opt=None,         # Its optimizer (torch or fastai), which follows; None if there is none yet
+    strict:bool=False # True: raise where the batch offers fewer directions than asked
 ):                    # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; all or nothing."
     model = unwrapped(model)
@@ -269,8 +282,9 @@ def grow(
     with _full_precision(model):
         ms = measure(model, sites, batch, loss_func, lr=max(learning_rates(opt)) if opt is not None else None)
         with untouched(model):
-            plans = [_plan(m, n, method) for m,n in zip(ms,ks)]
-    records = [_record(m, plan, method) for m,plan in zip(ms,plans)]
+            plans = [_plan(m, n, method, strict) for m,n in zip(ms,ks)]
+    records = [_record(m, plan, method, n) for m,plan,n in zip(ms,plans,ks)]
+    _tell_shortages(records, plans)
     return _apply(model, opt, plans, records if isinstance(site, (list,tuple)) else records[0])
 
 # %% ../../nbs/train/00_growth.ipynb #00000022
