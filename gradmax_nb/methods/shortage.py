@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from ..core.measure import Measurement, Shortage, Side, input_samples
 from ..core.sites import Site
-from .proposal import Method, Proposal
+from .proposal import Method
 
 # %% ../../nbs/methods/06_shortage.ipynb #a377d2e1
 def growth_shape(
@@ -48,7 +48,8 @@ def _limits(m):
     taps = [c.weight[0,0].numel()*r.features for c,r in zip(m.consumers,m.site.links)]
     rows = [torch.cat([_rows(c,b.deltas[j]) for b in m.batches]) for j,c in enumerate(m.consumers)]
     n = max(int((r!=0).any(1).sum()) for r in rows)
-    yield sum(int((r!=0).any(1).sum())*t for r,t in zip(rows,taps)),f"the growth batch has a gradient in {n} samples"
+    most = sum(int((r!=0).any(1).sum())*t for r,t in zip(rows,taps))
+    yield most,f"the growth batch has a gradient in {n} samples"
     spans = [_span(r) for r in rows]
     names = ', '.join(f"{s} of the {r.shape[1]} outputs of `{l.name}`" for s,r,l in zip(spans,rows,m.site.links))
     classes = spans[0]==rows[0].shape[1]-1 and len(spans)==1 # under cross-entropy the gradients add up to zero

@@ -19,12 +19,12 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import get_model, set_seed, to_device
-from ..core.measure import as_batches
+from ..core.measure import as_batches, samples_in
 from ..core.sites import Site
 from ..model.untouched import untouched
 
 # %% ../../nbs/train/06_batches.ipynb #00000010
-_columns = 'step epoch site old_width new_width predicted loss sigma method params seconds'.split()
+_columns = 'step epoch site old_width new_width asked predicted loss sigma method params seconds'.split()
 
 class GrowthLog:
     "What has grown in one learner."
@@ -36,6 +36,7 @@ class GrowthLog:
             rows = rows.to_dict('records')
         self.rows,self.steps = [dict(r) for r in rows],steps
         self.began = steps # Steps when the last fit with a growth callback began
+        self.skipped = []  # Of this session: sites that were due where the batch offered nothing, and why
 
     @property
     def history(self)->pd.DataFrame:
@@ -61,8 +62,8 @@ def add(self:GrowthLog,
     "Append one row per record."
     n = sum(p.numel() for p in records[0].site.model.parameters())
     self.rows += [dict(step=self.steps, epoch=epoch, site=r.site.name, old_width=r.old_width, new_width=r.new_width,
-                       predicted=r.predicted, loss=r.loss, sigma=r.sigma.tolist(), method=str(r.method), params=n,
-                       seconds=seconds) for r in records]
+                       asked=r.asked, predicted=r.predicted, loss=r.loss, sigma=r.sigma.tolist(), method=str(r.method),
+                       params=n, seconds=seconds) for r in records]
 
 # %% ../../nbs/train/06_batches.ipynb #00000012
 def growth_log(
@@ -77,17 +78,30 @@ def growth_log(
 @dataclass(frozen=True)
 class TrainBatches:
     "Growth batches drawn from the training data."
-    n:int=1      # Number of batches; the growth is measured on their average
+    n:int=None   # Number of batches; the growth is measured on their average. None: 256 samples, or 8 batches
     bs:int=None  # Samples per batch; None: as in training
 
     def __call__(self, learn:Learner)->list:
         dl,log = learn.dls.train,growth_log(learn)
         with untouched(get_model(learn.model)), _kept(dl):
             set_seed((torch.initial_seed() + 1000003*log.steps + 7919*len(log.rows)) % 2**32)
-            batches = list(islice(_loader(dl, self.bs), self.n))
+            loader = _loader(dl, self.bs)
+            batches = _enough(loader) if self.n is None else list(islice(loader, self.n))
         return [_split(learn, b) for b in batches]
 
 # %% ../../nbs/train/06_batches.ipynb #00000015
+def _enough(loader, samples=256, most=8):
+    "Batches of `samples` in all, `most` of them at the most; a last one below half the size of the first is left out."
+    out,sizes = [],[]
+    for b in islice(loader, most):
+        size = samples_in(b[0])
+        if sizes and 2*size<sizes[0]:
+            break
+        out,sizes = [*out,b],[*sizes,size]
+        if sum(sizes)>=samples:
+            break
+    return out
+
 def _loader(dl, bs):
     "A second loader over the training data, in this process."
     if isinstance(dl, DataLoader):

@@ -47,27 +47,28 @@ def _training(learn):
             m.training = mode
 
 # %% ../../nbs/train/06_by_hand.ipynb #00000092
-def _grow_each(grow_one, model, opt, turn, method, otherwise):
+def _grow_each(grow_one, model, opt, turn, method, otherwise, strict):
     "Records of the sites in `turn` one by one, of all or of none; by `otherwise` where `method` refuses a site."
     records = []
     with surgery_guard(model), optimizer_guard(opt):
         for site,k in turn:
             try:
-                records.append(grow_one(site, k, method))
+                records.append(grow_one(site, k, method, True))
             except ValueError as e:
-                records.append(grow_one(site, k, otherwise))
+                records.append(grow_one(site, k, otherwise, strict))
                 records[-1].notes.append(f"grown by {otherwise}, since {method} refused: {e}")
     return records
 
-def _grow_turn(learn, model, turn, method, otherwise, pairs):
+def _grow_turn(learn, model, turn, method, otherwise, pairs, strict):
     "`Growth` records of the sites in `turn`, together if `method` accepts them all."
-    def growing(site, k, how): return grow(model, site, k, how, iter(pairs), growth_loss(learn), opt=learn.opt)
+    def growing(site, k, how, strict):
+        return grow(model, site, k, how, iter(pairs), growth_loss(learn), opt=learn.opt, strict=strict)
     try:
-        return growing([s for s,_ in turn], [k for _,k in turn], method)
+        return growing([s for s,_ in turn], [k for _,k in turn], method, strict or otherwise is not None)
     except ValueError:
         if otherwise is None:
             raise
-        return _grow_each(growing, model, learn.opt, turn, method, otherwise)
+        return _grow_each(growing, model, learn.opt, turn, method, otherwise, strict)
 
 # %% ../../nbs/train/06_by_hand.ipynb #00000094
 def grow_learner(
@@ -75,7 +76,8 @@ def grow_learner(
     turn:list,            # `(site, k)` pairs: who grows, by how many neurons
     method,               # How they get their weights: `GradMax()`, `BoundMax()`, ...
     batch=TrainBatches(), # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
-    otherwise=None        # Method for a site that `method` refuses; None: raise what it says
+    otherwise=None,       # Method for a site that `method` refuses; None: raise what it says
+    strict:bool=False     # True: raise where the batch offers fewer directions than asked
 )->list:                  # `Growth` records
     "One growth of a learner's model, logged, of which the learner's callbacks are told."
     clock = time.perf_counter
@@ -84,7 +86,7 @@ def grow_learner(
         _tell(learn, 'before_growth', [s for s,_ in turn], pairs)
         told = clock()
         with _training(learn) as model:
-            records = _grow_turn(learn, model, turn, method, otherwise, pairs)
+            records = _grow_turn(learn, model, turn, method, otherwise, pairs, strict)
     except BaseException:
         _tell(learn, 'after_cancel_growth')
         raise
@@ -137,7 +139,8 @@ def grow(self:Learner,
     k,                    # New neurons: one number, or one per site
     method,               # How they get their weights: `GradMax()`, `BoundMax()`, ...
     batch=TrainBatches(), # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
-    otherwise=None        # Method for a site that `method` refuses; None: raise what it says
+    otherwise=None,       # Method for a site that `method` refuses; None: raise what it says
+    strict:bool=False     # True: raise where the batch offers fewer directions than asked
 ):                        # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; the optimizer follows."
     many,pairs = isinstance(site, (list,tuple)),growth_pairs(self, batch)
@@ -149,5 +152,5 @@ def grow(self:Learner,
         sites,refused = learner_sites(self, pairs[0][0])
         named = {s.name:s for s in Named(*(s for s in wanted if isinstance(s,str))).among(sites, refused)}
         wanted = [named.get(s,s) for s in wanted]
-    records = grow_learner(self, list(zip(wanted,ks)), method, pairs, otherwise)
+    records = grow_learner(self, list(zip(wanted,ks)), method, pairs, otherwise, strict)
     return records if many else records[0]

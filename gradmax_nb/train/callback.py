@@ -6,21 +6,38 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GrowthCallback']
+__all__ = ['FirstHalf', 'GrowthCallback']
 
 # %% ../../nbs/train/06_callback.ipynb #00000155
 import warnings
 from copy import deepcopy
+from dataclasses import dataclass
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder
 from fastai.torch_core import get_model, num_distrib
+from ..core.measure import Shortage
+from ..methods.shortage import ShortageWarning, most_neurons, structural_limit
 from ..model.untouched import unwrapped
 from .batches import GrowthLog, TrainBatches, growth_log, plain_batch
 from .by_hand import grow_learner, learner_sites
 from .schedules import AllSites, Named, OfSeed, allot, neurons
+
+# %% ../../nbs/train/06_callback.ipynb #0e4e837f
+@dataclass(frozen=True)
+class FirstHalf:
+    "Grow `times` times, at equal distances, in the first half of each fit of a `GrowthCallback`."
+    times:int=4 # Number of events in a fit
+
+    def begin(self)->dict: return dict(part=0., last=0.)
+
+    def due(self, state:dict, step:int, loss)->bool:
+        before,now = (0. if state['last']>state['part'] else state['last']),state['part']
+        state['last'] = now
+        def events(part): return min(self.times, int(2*self.times*part+1e-6))
+        return events(now)>events(before)
 
 # %% ../../nbs/train/06_callback.ipynb #0000002a
 class GrowthCallback(Callback):
@@ -28,20 +45,24 @@ class GrowthCallback(Callback):
     order,run_valid,remove_on_fetch,_only_train_loop = Recorder.order+1,False,True,True
     def __init__(self,
         method,              # How new neurons get their weights: `GradMax()`, `BoundMax()`, ...
-        when,                # `EveryN(...)`, `OnPlateau(...)`; counts over the life of this callback
+        when=None,           # `EveryN(...)`, `OnPlateau(...)`; counts over this callback's life; None: `FirstHalf()`
         where=AllSites(),    # `AllSites()`, `RoundRobin()`, `Named(...)`
-        k=OfSeed(.25),       # Neurons per site and event: a number, `OfSeed(...)`, `Towards(...)`, a dict by site name
-        max_width=None,      # Limit in the same terms; None: no limit
+        k=None,              # Per site and event: a number, `OfSeed(...)`, `Towards(...)`, a dict; None: `OfSeed(.25)`
+        max_width=None,      # Limit in the same terms; None: no limit, or twice the seed width if `when` is None
         batch=TrainBatches(), # Growth batch: a function of the learner, `(xb, yb)`, or an iterable of such pairs
-        otherwise=None       # Method for a site that `method` refuses, say since no neuron there fires; None: an error
+        otherwise=None,      # Method for a site that `method` refuses, say since no neuron there fires; None: an error
+        strict:bool=False    # True: an error where the batch offers fewer directions than asked, or none
     ):
+        if when is None:
+            when,max_width = FirstHalf(),OfSeed(2.) if max_width is None else max_width
         parts = (method,'propose','GradMax()'), (when,'due','EveryN(100)'), (where,'at','AllSites()')
         for value,need,hint in parts:
             if isinstance(value,type) or not hasattr(value,need):
                 raise TypeError(f"{value!r} has no `{need}`: pass an object such as {hint}")
-        self.method,self.when,self.where,self.k,self.max_width = method,when,where,k,max_width
+        self.method,self.when,self.where,self.max_width = method,when,where,max_width
+        self.k,self._capped = (OfSeed(.25),True) if k is None else (k,False)
         self.batch = list(batch) if hasattr(batch,'__next__') else batch
-        self.otherwise = otherwise
+        self.otherwise,self.strict,self._told = otherwise,strict,set()
         self.state = dict(step=0, events=0, turns={}, when=when.begin())
         self._record,self._found,self._warned,self._stale = None,None,set(),[]
         self._fresh,self._stepped,self._column,self._trained = True,None,False,False
@@ -116,6 +137,8 @@ def after_batch(self:GrowthCallback):
         return
     self._ready = True
     self.state['step'] += 1
+    if isinstance(self.when, FirstHalf):
+        self.state['when']['part'] = self.learn.pct_train
     due = self.when.due(self.state['when'], self.state['step'], self.learn.loss.detach())
     if self.state.pop('owed', False) or due:
         self._event()
@@ -137,6 +160,7 @@ def _find(self:GrowthCallback):
     for s in self._found:
         neurons(self.k, s.name, self._record.seed(s))
     self._trainable()
+    self._tell_limits()
 
 # %% ../../nbs/train/06_callback.ipynb #00000162
 def _is_frozen(site): return not all(m.weight.requires_grad for m in (site.producer,*site.consumers))
@@ -153,6 +177,44 @@ def _trainable(self:GrowthCallback):
     self._warned.update(frozen)
     return [s for s in self._found if s.name not in frozen]
 
+# %% ../../nbs/train/06_callback.ipynb #3e96b153
+@patch
+def _tell_limits(self:GrowthCallback):
+    "Warn once where the structure of a site allows fewer directions than a growth asks for."
+    rest = "and more are not grown" if self._capped or not hasattr(self.method,'fill_up') else "the others are random"
+    said = []
+    for s in self._found:
+        most,asked = most_neurons(s,self.method),neurons(self.k, s.name, self._record.seed(s))
+        if asked>most and s.name not in self._told:
+            said.append(f"`{s.name}`: {most} of {asked}, since {structural_limit(s)[1]}")
+            self._told.add(s.name)
+    if said:
+        warnings.warn(f"{type(self.method).__name__} can find at most so many new neurons per event, {rest}: "
+                      +'; '.join(said), ShortageWarning)
+
+# %% ../../nbs/train/06_callback.ipynb #1e1e6490
+@patch
+def _grow(self:GrowthCallback, turn):
+    "Grow the sites in `turn`; only the first shortage is told."
+    with warnings.catch_warnings():
+        if 'short' in self._told:
+            warnings.simplefilter('ignore', ShortageWarning)
+        records = grow_learner(self.learn, turn, self.method, self.batch, self.otherwise, self.strict)
+    if any(r.missing for r in records):
+        self._told.add('short')
+
+@patch
+def _without(self:GrowthCallback, turn, shortage):
+    "`turn` without the site where the batch offers nothing; raises if that is not what happened."
+    k = next((k for s,k in turn if s.name==shortage.site), None)
+    if self.strict or k is None:
+        raise shortage
+    self._record.skipped.append(dict(step=self._record.steps, site=shortage.site, asked=k, reason=str(shortage)))
+    if ('none',shortage.site) not in self._told:
+        warnings.warn(f"not grown at step {self._record.steps}: {shortage}", ShortageWarning)
+        self._told.add(('none',shortage.site))
+    return [(s,n) for s,n in turn if s.name!=shortage.site]
+
 # %% ../../nbs/train/06_callback.ipynb #00000037
 @patch
 def _event(self:GrowthCallback):
@@ -160,8 +222,13 @@ def _event(self:GrowthCallback):
     sites = self._trainable()
     widths,seeds = {s.name:s.width for s in sites},{s.name:self._record.seed(s) for s in sites}
     turn = allot(sites, self.state['events'], widths, seeds, self.where, self.k, self.max_width, self.state['turns'])
-    if turn:
-        grow_learner(self.learn, turn, self.method, self.batch, self.otherwise)
+    if self._capped:
+        turn = [(s,int(min(n,most_neurons(s,self.method)))) for s,n in turn]
+    while turn:
+        try:
+            return self._grow(turn)
+        except Shortage as e:
+            turn = self._without(turn, e)
 
 # %% ../../nbs/train/06_callback.ipynb #00000165
 def _worst(cb): return float('inf') if cb.comp(0,1) else -float('inf')

@@ -35,9 +35,10 @@ class Growth:
     method:object         # The method
     loss:float            # Loss of the growth batch before growing
     zero:Side             # The side of the new weights that starts at zero
-    notes:list=field(default_factory=list) # What was decided about activations and norms, and what was missing, in words
+    notes:list=field(default_factory=list) # What was decided and what was missing, in words
     fan_in:int=0          # Input channels of the producer when it was measured
     asked:int=None        # Neurons that were asked for; None: not recorded
+    missing:str=''        # What the batch did not offer, in words; it is in the notes too
 
     def __repr__(self):
         widths = f"{self.old_width} -> {self.new_width}"
@@ -241,13 +242,15 @@ def _record(m, plan, method, asked):
     notes = [] if p.zero is Side.OUTGOING else list(m.point.notes)
     return Growth(site=m.site, old_width=width, new_width=width+len(p.incoming), sigma=p.sigma.detach().cpu(),
                   predicted=float(p.predicted), method=method, loss=m.loss, zero=p.zero,
-                  notes=notes+[plan.missing]*bool(plan.missing), fan_in=m.weight.shape[1], asked=asked)
+                  notes=notes+[plan.missing]*bool(plan.missing), fan_in=m.weight.shape[1], asked=asked,
+                  missing=plan.missing)
 
-def _tell_shortages(records, plans):
+def _tell_shortages(records):
     "One warning for all sites of one growth."
-    said = [f"`{r.site.name}`: {p.missing}" for r,p in zip(records,plans) if p.missing]
+    said = [f"`{r.site.name}`: {r.missing}" for r in records if r.missing]
     if said:
-        warnings.warn('; '.join(said)+". Ask for fewer, or for an error with strict=True", ShortageWarning, stacklevel=3)
+        said = '; '.join(said)+". Ask for fewer, or for an error with strict=True"
+        warnings.warn(said, ShortageWarning, stacklevel=3)
 
 # %% ../../nbs/train/00_growth.ipynb #0000001d
 def _apply(model, opt, plans, result):
@@ -284,7 +287,7 @@ def grow(
         with untouched(model):
             plans = [_plan(m, n, method, strict) for m,n in zip(ms,ks)]
     records = [_record(m, plan, method, n) for m,plan,n in zip(ms,plans,ks)]
-    _tell_shortages(records, plans)
+    _tell_shortages(records)
     return _apply(model, opt, plans, records if isinstance(site, (list,tuple)) else records[0])
 
 # %% ../../nbs/train/00_growth.ipynb #00000022
