@@ -8,7 +8,7 @@ __all__ = ['Growth', 'grow', 'new_weights', 'new_gradients', 'measured_norm']
 # %% ../../nbs/train/00_growth.ipynb #00000002
 import math
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 import torch
@@ -19,6 +19,7 @@ from ..core.measure import (Offset, Side, apply_layer, as_batches, incoming_weig
                                      starting_constants, zero_extensions)
 from ..core.sites import NewNeurons, Site, make_extensions, widen
 from ..methods.shortage import ShortageWarning, propose_up_to
+from ..model.copies import followers
 from ..model.optim import check_optimizer, learning_rates, optimizer_guard, rebind
 from ..model.surgery import surgery_guard
 from ..model.untouched import untouched, unwrapped
@@ -253,15 +254,24 @@ def _tell_shortages(records):
         warnings.warn(said, ShortageWarning, stacklevel=3)
 
 # %% ../../nbs/train/00_growth.ipynb #0000001d
-def _apply(model, opt, plans, result):
+def _carry_out(plans):
+    "Widen the model of the plans; returns its `(old, new)` parameters."
+    swaps = []
+    for plan in plans:
+        width = plan.site.width
+        swaps += widen(plan.site, plan.new)
+        _attach_offsets(plan, width)
+    return _composed(swaps)
+
+def _apply(model, opt, plans, copies, result):
     "Carry out the plans under guards; returns `result` from inside them, so that nothing can fail afterwards."
-    with surgery_guard(model), optimizer_guard(opt):
-        swaps = []
-        for plan in plans:
-            width = plan.site.width
-            swaps += widen(plan.site, plan.new)
-            _attach_offsets(plan, width)
-        rebind(opt, _composed(swaps))
+    with ExitStack() as guards:
+        for m in (model,*copies):
+            guards.enter_context(surgery_guard(m))
+        guards.enter_context(optimizer_guard(opt))
+        for c in copies:
+            _carry_out([replace(plan, site=plan.site.on(c)) for plan in plans])
+        rebind(opt, _carry_out(plans))
         return result
 
 # %% ../../nbs/train/00_growth.ipynb #0000001c
@@ -273,6 +283,7 @@ def grow(
     batch,            # Growth batch `(xb, yb)`, or an iterable of such pairs
     loss_func,        # Loss of the training, `loss_func(model(xb), yb)`
     opt=None,         # Its optimizer (torch or fastai), which follows; None if there is none yet
+    follow=(),        # Copies that follow its weights (`AveragedModel`, a teacher) and grow along
     strict:bool=False # True: raise where the batch offers fewer directions than asked
 ):                    # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; all or nothing."
@@ -282,13 +293,14 @@ def grow(
         _check_trainable(s)
     if opt is not None:
         check_optimizer(opt, model, params=_held(sites))
+    copies = followers(model, follow, opt)
     with _full_precision(model):
         ms = measure(model, sites, batch, loss_func, lr=max(learning_rates(opt)) if opt is not None else None)
         with untouched(model):
             plans = [_plan(m, n, method, strict) for m,n in zip(ms,ks)]
     records = [_record(m, plan, method, n) for m,plan,n in zip(ms,plans,ks)]
     _tell_shortages(records)
-    return _apply(model, opt, plans, records if isinstance(site, (list,tuple)) else records[0])
+    return _apply(model, opt, plans, copies, records if isinstance(site, (list,tuple)) else records[0])
 
 # %% ../../nbs/train/00_growth.ipynb #00000022
 def new_weights(
