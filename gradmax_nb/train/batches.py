@@ -6,64 +6,22 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GrowthLog', 'growth_log', 'TrainBatches', 'plain_batch', 'growth_pairs', 'growth_loss']
+__all__ = ['growth_log', 'TrainBatches', 'plain_batch', 'growth_pairs', 'growth_loss', 'GrowthLog']
 
 # %% ../../nbs/train/06_batches.ipynb #00000024
-import pandas as pd
 import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from fastcore.basics import patch
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import get_model, set_seed, to_device
 from ..core.measure import as_batches, samples_in
-from ..core.sites import Site
 from ..model.untouched import untouched
+from .log import GrowthLog
 
-# %% ../../nbs/train/06_batches.ipynb #00000010
-_columns = 'step epoch site old_width new_width asked predicted loss sigma method params seconds'.split()
-
-class GrowthLog:
-    "What has grown in one learner."
-    def __init__(self,
-        rows=(),    # Rows of an earlier log: its `rows` or its `history`
-        steps:int=0 # Training steps so far
-    ):
-        if isinstance(rows, pd.DataFrame):
-            rows = rows.to_dict('records')
-        self.rows,self.steps = [dict(r) for r in rows],steps
-        self.began = steps # Steps when the last fit with a growth callback began
-        self.skipped = []  # Of this session: sites that were due where the batch offered nothing, and why
-
-    @property
-    def history(self)->pd.DataFrame:
-        "One row per site and event."
-        return pd.DataFrame(self.rows, columns=_columns)
-
-    def __repr__(self): return f"GrowthLog({len(self.rows)} growths in {self.steps} steps)"
-
-# %% ../../nbs/train/06_batches.ipynb #00000011
-@patch
-def seed(self:GrowthLog,
-    site:Site # A site of the learner's model
-)->int:       # Its width before it ever grew
-    "Seed width of `site`."
-    return next((r['old_width'] for r in self.rows if r['site']==site.name), site.width)
-
-@patch
-def add(self:GrowthLog,
-    records:list,  # `Growth` records of one event
-    epoch:int,     # Epoch of the fit, or None outside of one
-    seconds:float  # Wall-clock time of the event
-):
-    "Append one row per record."
-    n = sum(p.numel() for p in records[0].site.model.parameters())
-    self.rows += [dict(step=self.steps, epoch=epoch, site=r.site.name, old_width=r.old_width, new_width=r.new_width,
-                       asked=r.asked, predicted=r.predicted, loss=r.loss, sigma=r.sigma.tolist(), method=str(r.method),
-                       params=n, seconds=seconds) for r in records]
+_all_ = ['GrowthLog']
 
 # %% ../../nbs/train/06_batches.ipynb #00000012
 def growth_log(

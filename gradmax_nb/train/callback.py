@@ -23,7 +23,8 @@ from ..methods.shortage import ShortageWarning, most_neurons, structural_limit
 from ..model.untouched import unwrapped
 from .batches import GrowthLog, TrainBatches, growth_log, plain_batch
 from .by_hand import grow_learner, learner_sites
-from .schedules import AllSites, Named, OfSeed, allot, neurons
+from .schedules import AllSites, OfSeed
+from .turns import check_parts, growing_sites, is_frozen, whose_turn
 
 # %% ../../nbs/train/06_callback.ipynb #0e4e837f
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ class GrowthCallback(Callback):
     ):
         if when is None:
             when,max_width = FirstHalf(),OfSeed(2.) if max_width is None else max_width
-        parts = (method,'propose','GradMax()'), (when,'due','EveryN(100)'), (where,'at','AllSites()')
-        for value,need,hint in parts:
-            if isinstance(value,type) or not hasattr(value,need):
-                raise TypeError(f"{value!r} has no `{need}`: pass an object such as {hint}")
+        check_parts(method, when, where, k, max_width)
         self.method,self.when,self.where,self.max_width = method,when,where,max_width
         self.k,self._capped = (OfSeed(.25),True) if k is None else (k,False)
         self.batch = list(batch) if hasattr(batch,'__next__') else batch
@@ -131,7 +129,7 @@ def after_batch(self:GrowthCallback):
         return
     if next(cb for cb in self.learn.cbs if isinstance(cb, GrowthCallback)) is self: # several share the log
         self._record.steps += 1
-    if all(map(_is_frozen, self._found)):
+    if all(map(is_frozen, self._found)):
         self._trainable()
         self._waited = True
         return
@@ -152,23 +150,15 @@ def _find(self:GrowthCallback):
     if self._found and self._found[0].model is model:
         return
     sites,refused = learner_sites(self.learn, plain_batch(self.learn, tuple(self.learn.xb)))
-    self._found = self.where.among(sites, refused)
-    if not self._found:
-        raise ValueError("this model has no place to grow:\n" + '\n'.join(f'  {r}' for r in refused))
-    if isinstance(self.max_width, dict):
-        Named(*self.max_width).among(sites, refused)
-    for s in self._found:
-        neurons(self.k, s.name, self._record.seed(s))
+    self._found = growing_sites(sites, refused, self._record, self.where, self.k, self.max_width)
     self._trainable()
     self._tell_limits()
 
 # %% ../../nbs/train/06_callback.ipynb #00000162
-def _is_frozen(site): return not all(m.weight.requires_grad for m in (site.producer,*site.consumers))
-
 @patch
 def _trainable(self:GrowthCallback):
     "The sites that are not frozen; warns once about the others."
-    frozen = [s.name for s in self._found if _is_frozen(s)]
+    frozen = [s.name for s in self._found if is_frozen(s)]
     if new := [n for n in frozen if n not in self._warned]:
         waits = "growth waits for learn.unfreeze(), and steps do not count until then"
         every = f"every site is frozen ({', '.join(frozen)}): {waits}"
@@ -219,9 +209,7 @@ def _without(self:GrowthCallback, turn, shortage):
 @patch
 def _event(self:GrowthCallback):
     "One growth event."
-    sites = self._trainable()
-    widths,seeds = {s.name:s.width for s in sites},{s.name:self._record.seed(s) for s in sites}
-    turn = allot(sites, self.state['events'], widths, seeds, self.where, self.k, self.max_width, self.state['turns'])
+    turn = whose_turn(self._trainable(), self.state, self._record, self.where, self.k, self.max_width)
     if self._capped:
         turn = [(s,int(min(n,most_neurons(s,self.method)))) for s,n in turn]
     while turn:
