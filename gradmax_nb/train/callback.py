@@ -23,7 +23,7 @@ from ..methods.shortage import ShortageWarning, most_neurons, structural_limit
 from ..model.untouched import unwrapped
 from .batches import GrowthLog, TrainBatches, growth_log, plain_batch
 from .by_hand import grow_learner, learner_sites
-from .schedules import AllSites, OfSeed
+from .schedules import AllSites, OfSeed, neurons
 from .turns import check_parts, growing_sites, is_frozen, whose_turn
 
 # %% ../../nbs/train/06_callback.ipynb #0e4e837f
