@@ -36,16 +36,17 @@ import house
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, DOCS, SITE, HTML = ROOT / 'nbs', ROOT / 'docs', ROOT / '_proc' / 'site', ROOT / '_proc' / 'html'
-SECTIONS = {
-    'Theory': '.',
-    'Tutorials': 'tutorials',
-    'The model': 'model',
-    'The core': 'core',
-    'Methods': 'methods',
-    'Training': 'train',
-    'Pictures': 'show',
-    'Experiments': 'experiments',
-    'Promises': 'promises',
+SECTIONS = {  # caption -> its folders or single pages, in the order of the navigation
+    'Start': ('start',),
+    'Tutorials': ('tutorials',),
+    'Learn': ('theory', 'promises'),
+    'Experiments': ('experiments',),
+    'API': ('api', 'cli'),
+    'API: the model': ('model',),
+    'API: sites and measuring': ('core',),
+    'API: methods': ('methods',),
+    'API: training': ('train',),
+    'API: pictures': ('show',),
 }
 EMPTY = inspect.Parameter.empty
 WIDGETS = 'application/vnd.jupyter.widget-state+json'
@@ -137,7 +138,7 @@ def signature(sym, name):
     line = f"{'class ' if inspect.isclass(sym) else ''}{name}({', '.join(args)})"
     return (
         line
-        if len(line) <= 90
+        if len(line) <= check_pages.COLUMNS
         else re.sub(r'\(.*\)$', lambda _: '(\n    ' + ',\n    '.join(args) + '\n)', line, flags=re.S)
     )
 
@@ -161,11 +162,14 @@ def table(sym, name):
         )
         for k, a, d, m in rows
     ]
+    if not any(meaning for *_, meaning in cells):  # the signature has said it all
+        return ''
+    kept = [i for i in range(4) if any(row[i] for row in cells)]
     lines = [
-        '| ' + ' | '.join(o.replace('|', r'\|') for o in row) + ' |'
+        '| ' + ' | '.join(row[i].replace('|', r'\|') for i in kept) + ' |'
         for row in [('parameter', 'type', 'default', 'meaning'), ('---',) * 4, *cells]
     ]
-    return '\n'.join(lines) if cells else ''
+    return '\n'.join(lines)
 
 
 def undocumented():
@@ -232,8 +236,8 @@ SYNTAX = [  # what nbdev and Quarto write, and what MyST reads
 
 
 def relink(text, page, known):
-    "Links of nbdev and links that leave nbs/, made relative to `page`"
-    up = '../' * (len(page.parts) - 1)
+    "Links of nbdev and links to files of the repository, made relative to `page`"
+    up = '../' * len(page.parts)
 
     def api(m):
         label, target, name = m.groups()
@@ -242,15 +246,30 @@ def relink(text, page, known):
             PROBLEMS.append(f'{page}: {label} is exported, but {target} has no entry for it')
         return f'[{label}](/{target}.ipynb#{anchor})' if anchor else label
 
-    def outside(m):
-        if '/docs/' in f'/{m[2]}':
-            return f"""<a href="{up}{m[2].partition('docs/')[2]}">{m[1]}</a>"""
-        inside = (NBS / page.parent / m[2].split('#')[0]).resolve().is_relative_to(NBS)
-        return m[0] if inside else m[1]  # a site that is served alone has no checkout around it
+    def file(m):
+        target = Path(os.path.normpath(NBS / page.parent / m[2].split('#')[0]))
+        if target.is_relative_to(NBS) and target.suffix in ('.ipynb', '.md', '.png', ''):
+            return m[0]
+        label = re.sub(r'`([^`]*)`', r'<code class="docutils literal">\1</code>', m[1])
+        if target.is_relative_to(DOCS):
+            address = os.path.relpath(target, DOCS / page.parent)
+        else:  # docs/ lies beside nbs/: the same way up leads to the checkout
+            address = f'{up}{target.relative_to(ROOT).as_posix()}'
+        return f'<a href="{address}">{label}</a>'
 
-    text = re.sub(r'(?<!!)\[([^\]]*)\]\([^)\s]+\.json\)', r'\1', text)  # result files stay in the checkout
     text = re.sub(r'\[(`[^`]*`)\]\(/([\w/]+)\.html#([^)\s]+)\)', api, text)
-    return re.sub(r'(?<!!)\[([^\]]*)\]\(((?:\.\./)+[^)\s]+)\)', outside, text)
+    return re.sub(r'(?<!!)\[([^\]]*)\]\((?!\w+:|[/#])([^)\s]+)\)', file, text)
+
+
+def sources(nb, path, page):
+    "Links to the notebook of a page, for download, and to the module that is exported from it"
+    up = '../' * len(page.parts)
+    out = [f'<a href="{up}{path.relative_to(ROOT).as_posix()}" download>Download this page as a notebook</a>']
+    exported = re.search(r'^#\| *default_exp +(\S+)', '\n'.join(c.source for c in nb.cells), re.M)
+    if exported:
+        file = f"gradmax_nb/{exported[1].replace('.', '/')}.py"
+        out.append(f'module <a href="{up}{file}"><code class="docutils literal">{file}</code></a>')
+    return f'<p class="sources">{" · ".join(out)}</p>'
 
 
 def markdown(text, page, known):
@@ -272,7 +291,7 @@ def code(cell, page, alt):
     for o in cell.outputs:
         html = o.get('data', {}).get('text/html')
         if html:
-            o['data']['text/html'] = re.sub(r'<link[^>]*https?://[^>]*>', '', ''.join(html))
+            o['data']['text/html'] = framed(re.sub(r'<link[^>]*https?://[^>]*>', '', ''.join(html)))
         png = o.get('data', {}).get('image/png')
         if o['output_type'] == 'error':
             PROBLEMS.append(f"{page}: a stored traceback: {o.get('ename')}: {o.get('evalue')}")
@@ -286,6 +305,13 @@ def code(cell, page, alt):
         execution_count=None,
         metadata={'tags': tags, 'mystnb': {'image': {'alt': alt}}},
     )
+
+
+def framed(html):
+    "Data frames and other tables of an output look like the tables of the text, and scroll on their own"
+    html = re.sub(r'<style scoped>.*?</style>\s*', '', html, flags=re.S)
+    html = re.sub(r'<table border="1" class="dataframe">', '<table class="docutils dataframe align-default">', html)
+    return re.sub(r'<table\b.*?</table>', r'<div class="table-wrapper docutils container">\g<0></div>', html, flags=re.S)
 
 
 def picture_text(cell, before):
@@ -331,12 +357,11 @@ def widget_state(nb):
 def contents(pages):
     "The hidden tables of contents that make up the navigation"
 
-    def tree(title, folder):
-        names = [p.as_posix() for p in pages if p.parent == Path(folder) and p.as_posix() not in ('index', 'cli')]
-        return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *names, '```']) if names else ''
+    def tree(title, parts):
+        names = [n for o in parts for n in [p.as_posix() for p in pages if p.parent == Path(o)] or [o]]
+        return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *names, '```'])
 
-    api = ['```{toctree}', ':hidden:', ':caption: Reference', '', 'cli', 'api', '```']
-    return '\n\n'.join([*(tree(*o) for o in SECTIONS.items()), '\n'.join(api)])
+    return '\n\n'.join(tree(*o) for o in SECTIONS.items())
 
 
 def write_api(known):
@@ -374,7 +399,8 @@ def write_api(known):
 def write_pages():
     "Process and rewrite all notebooks into SITE; returns the Sphinx settings that depend on them"
     paths = sorted(nbglob(NBS, as_path=True))
-    pages = {nbpath2html(p.relative_to(NBS)).with_suffix(''): process(p) for p in paths}
+    files = {nbpath2html(p.relative_to(NBS)).with_suffix(''): p for p in paths}
+    pages = {page: process(p) for page, p in files.items()}
     if len(pages) < len(paths):
         sys.exit('two notebooks in one folder differ only in their number')
     known = {p.as_posix(): anchors(nb) for p, nb in pages.items()}
@@ -391,6 +417,15 @@ def write_pages():
                 PROBLEMS.extend(f'{p.relative_to(NBS)}: {o}' for o in check_pages.unresolved(c.source, tokens))
     for page, nb in pages.items():
         out = rewrite(nb, page, known)
+        if page != Path('index'):
+            first = next(c for c in out['cells'] if c['cell_type'] == 'markdown')
+            first['source'] = re.sub(
+                r'\{\.lead\}\n.+?(?=\n\n|\s*\Z)',
+                lambda m, line=sources(read_nb(files[page]), files[page], page): f'{m[0]}\n\n{line}',
+                first['source'],
+                count=1,
+                flags=re.S,
+            )
         if page == Path('index'):
             out['cells'].append(dict(id='toc', cell_type='markdown', source=contents(pages), metadata={}))
         (SITE / page).with_suffix('.ipynb').write_text(json.dumps(out), encoding='utf-8')

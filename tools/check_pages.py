@@ -12,6 +12,7 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parent.parent
 URLS = 'href', 'src', 'srcset', 'poster', 'data', 'action'
+COLUMNS = 88  # fit at 1280 px beside the navigation
 REMOTE = re.compile(r'\s*(?:https?:|wss?:|ftp:)?//', re.I)
 
 
@@ -24,13 +25,15 @@ def attributes(soup):
                     yield tag, name, url.split()[0] if name == 'srcset' else url
 
 
-def broken(page, soup, ids):
+def broken(page, soup, ids, folder):
     "Links and pictures of `page` without a target; `ids`: path -> names of its anchors"
     for _, _, url in attributes(soup):
         if REMOTE.match(url) or re.match(r'(data|mailto|javascript):', url):
             continue
         path, _, name = url.partition('#')
         target = (page.parent / path.split('?')[0]).resolve() if path else page.resolve()
+        if not target.is_relative_to(folder):  # a file of the repository, wherever the site was built
+            target = (ROOT / 'docs' / page.relative_to(folder).parent / path).resolve()
         if not target.exists():
             yield f'no file for {url}'
         elif name and target in ids and name not in ids[target]:
@@ -88,13 +91,31 @@ def unnamed(soup):
             yield f'a picture without a text: {o.get("src", "")[:60]}'
 
 
+def wide(soup):
+    "Lines of visible code that have to be wrapped or scrolled beside the navigation; folded code may be wide"
+    for o in soup.select('.cell_input pre, div[class*=highlight-] pre'):
+        if o.find_parent('details') or o.find_parent(class_='cell_output'):
+            continue
+        for line in o.text.splitlines():
+            if len(line) > COLUMNS:
+                yield f'a line of code with {len(line)} columns: {line.strip()[:60]}'
+
+
+def empty(soup):
+    "Tables with nothing below their head, and tables of parameters that explain none"
+    for o in soup.find_all('table'):
+        head, *rows = [[c.text.strip() for c in r.find_all(['td', 'th'])] for r in o.find_all('tr')] or [[]]
+        if not rows or head[:1] == ['parameter'] and not any(r[-1] for r in rows):
+            yield f'an empty table: {" ".join(head)}'
+
+
 def problems(folder):
     "Everything that is wrong with the pages below `folder`, as `page: what`"
     folder = Path(folder).resolve()
     soups = {p: BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in sorted(folder.rglob('*.html'))}
     ids = {p: {t['id'] for t in s.find_all(id=True)} for p, s in soups.items()}
     for page, soup in soups.items():
-        for o in (*broken(page, soup, ids), *remote(soup), *traces(soup), *unnamed(soup), *raw(soup)):
+        for o in (*broken(page, soup, ids, folder), *remote(soup), *traces(soup), *unnamed(soup), *wide(soup), *empty(soup), *raw(soup)):
             yield f'{page.relative_to(folder)}: {o}'
     for sheet in sorted(folder.rglob('*.css')):
         for o in remote_css(sheet.read_text(encoding='utf-8')):

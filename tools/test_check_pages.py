@@ -10,7 +10,10 @@ GOOD = {
     'a.html': '<p id="x">a <a href="sub/b.html#y">b</a> <a href="https://example.org">out</a> '
     '<img src="p.png" alt="a dot"> <img src="data:image/png;base64,AA" alt="another"></p>',
     'sub/b.html': '<p id="y"><a href="../a.html#x">a</a> <a href="#y">here</a> <code>$x$</code></p>'
-    '<div class="cell_output"><pre>fine</pre></div><span class="math">\\(x\\)</span>',
+    '<div class="cell_output"><pre>fine</pre></div>'
+    f'<details><div class="cell_input"><pre>{"folded " * 20}</pre></div></details>'
+    '<table><tr><th>parameter</th></tr><tr><td>x</td></tr></table>'
+    '<span class="math">\\(x\\)</span>',
     'p.png': '',
     'site.css': '@import "other.css"; a { background: url(p.png) } /* https://example.org */',
 }
@@ -65,6 +68,17 @@ FAULTS = {  # what is added to a page, and the message it must cause
         'shows a traceback: ValueError',
     ),
     'a formula as typed': ('a.html', '<p>the norm $\\lVert x\\rVert$</p>', 'shows a formula as typed'),
+    'a wide line of code': (
+        'a.html',
+        f'<div class="cell_input"><pre>x = {"1 + " * 22}1</pre></div>',
+        'a line of code with 93 columns',
+    ),
+    'a table without rows': ('a.html', '<table><tr><th>parameter</th></tr></table>', 'an empty table: parameter'),
+    'parameters without a meaning': (
+        'a.html',
+        '<table><tr><th>parameter</th><th>meaning</th></tr><tr><td>x</td><td></td></tr></table>',
+        'an empty table: parameter meaning',
+    ),
     'a picture without a text': ('a.html', '<img src="p.png">', 'a picture without a text'),
 }
 KNOWN = {'grow', 'find_sites', 'GrowthCallback', 'learn'}
