@@ -118,11 +118,12 @@ def parameters(sym):
 def shown(value):
     "A default value or an annotation as people write it"
     text = value if isinstance(value, str) else getattr(value, '__name__', None) or repr(value)
-    return re.sub(
+    text = re.sub(
         r' at 0x[0-9a-f]+|\b(?:typing|torch\.nn\.modules\.\w+|gradmax_nb\.\w+|matplotlib\.\w+|fastai\.\w+)\.(?=\w)',
         '',
         text,
     ).replace('<factory>', '...')
+    return re.sub(r'(?<=\w)\(.*\)', '(...)', text) if len(text) > 70 else text  # a record of records
 
 
 def signature(sym, name):
