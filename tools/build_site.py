@@ -312,7 +312,8 @@ def framed(html):
     "Data frames and other tables of an output look like the tables of the text, and scroll on their own"
     html = re.sub(r'<style scoped>.*?</style>\s*', '', html, flags=re.S)
     html = re.sub(r'<table border="1" class="dataframe">', '<table class="docutils dataframe align-default">', html)
-    return re.sub(r'<table\b.*?</table>', r'<div class="table-wrapper docutils container">\g<0></div>', html, flags=re.S)
+    frame = r'<div class="table-wrapper docutils container">\g<0></div>'
+    return re.sub(r'<table\b.*?</table>', frame, html, flags=re.S)
 
 
 def picture_text(cell, before):
@@ -359,7 +360,8 @@ def contents(pages):
     "The hidden tables of contents that make up the navigation"
 
     def tree(title, parts):
-        names = [n for o in parts for n in [p.as_posix() for p in pages if p.parent == Path(o)] or [o]]
+        inside = {o: [p.as_posix() for p in pages if p.parent == Path(o)] for o in parts}
+        names = [n for o in parts for n in inside[o] or [o]]
         return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *names, '```'])
 
     return '\n\n'.join(tree(*o) for o in SECTIONS.items())
