@@ -116,8 +116,7 @@ def problems(folder):
     ids = {p: {t['id'] for t in s.find_all(id=True)} for p, s in soups.items()}
     for page, soup in soups.items():
         links = broken(page, soup, ids, folder)
-        texts = *wide(soup), *empty(soup), *raw(soup)  # the last one clears code, and so comes last
-        for o in (*links, *remote(soup), *traces(soup), *unnamed(soup), *texts):
+        for o in (*links, *remote(soup), *traces(soup), *unnamed(soup), *wide(soup), *empty(soup), *raw(soup)):
             yield f'{page.relative_to(folder)}: {o}'
     for sheet in sorted(folder.rglob('*.css')):
         for o in remote_css(sheet.read_text(encoding='utf-8')):
