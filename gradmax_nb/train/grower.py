@@ -59,7 +59,7 @@ class Grower:
 
     def __repr__(self):
         widths = ', '.join(f'{s.name} is {s.width} wide' for s in self.sites)
-        return f"Grower after {self.state['step']} steps and {self.state['events']} growth events: {widths}"
+        return f"Grower at step {self.state['step']}, growth events so far: {self.state['events']}; {widths}"
 
 # %% ../../nbs/train/16_grower.ipynb #9a0e000d
 @patch
