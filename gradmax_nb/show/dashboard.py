@@ -19,6 +19,7 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from ..core.objects import check_object
 from ..train.batches import TrainBatches, growth_log
 from ..train.callback import GrowthCallback
 from ..train.watching import FlopsCallback
@@ -138,8 +139,8 @@ def change(self:GrowthDashboard,
     "From the next batch on, grow by other numbers or another method, by hand and by the schedules of the fit."
     if k is not None and not isinstance(k, dict):
         neurons(k, '', 1)
-    if method is not None and (isinstance(method,type) or not hasattr(method,'propose')):
-        raise TypeError(f"{method!r} has no `propose`: pass an object such as GradMax()")
+    if method is not None:
+        check_object(method, 'method', 'propose', 'GradMax()')
     self.queue.append(('change',{n:v for n,v in dict(k=k,method=method).items() if v is not None}))
 
 # %% ../../nbs/show/02_dashboard.ipynb #00000021

@@ -19,6 +19,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder
 from fastai.torch_core import get_model, num_distrib
 from ..core.measure import Shortage
+from ..core.objects import check_object, refuse_class
 from ..methods.shortage import ShortageWarning, most_neurons, structural_limit
 from ..model.untouched import unwrapped
 from .batches import GrowthLog, TrainBatches, growth_log, plain_batch
@@ -57,6 +58,9 @@ class GrowthCallback(Callback):
         if when is None:
             when,max_width = FirstHalf(),OfSeed(2.) if max_width is None else max_width
         check_parts(method, when, where, k, max_width)
+        refuse_class(batch, 'batch')
+        if otherwise is not None:
+            check_object(otherwise, 'otherwise', 'propose', 'MirrorRandom()')
         self.method,self.when,self.where,self.max_width = method,when,where,max_width
         self.k,self._capped = (OfSeed(.25),True) if k is None else (k,False)
         self.batch = list(batch) if hasattr(batch,'__next__') else batch

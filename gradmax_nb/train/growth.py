@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..core.measure import (Offset, Side, apply_layer, as_batches, incoming_weight, mean_loss, measure,
                                      outgoing_weights, pad_layer_input, set_norm_statistics, smallest_offset,
                                      starting_constants, zero_extensions)
+from ..core.objects import check_object, refuse_class
 from ..core.sites import NewNeurons, Site, make_extensions, widen
 from ..methods.shortage import ShortageWarning, propose_up_to
 from ..model.copies import followers
@@ -172,6 +173,12 @@ def _request(model, site, k):
     return [s.on(model) for s in sites],[int(n) for n in ks]
 
 # %% ../../nbs/train/00_growth.ipynb #00000016
+def _check_objects(model, method, loss_func, opt):
+    "Refuse classes where objects are needed, and what is no method."
+    for name,value in dict(model=model, loss_func=loss_func, opt=opt).items():
+        refuse_class(value, name)
+    check_object(method, 'method', 'propose', 'BoundMax()')
+
 def _check_trainable(site):
     "Refuse frozen and half-precision layers."
     for name,m in ((site.name,site.producer),*zip((r.name for r in site.links),site.consumers)):
@@ -287,6 +294,7 @@ def grow(
     strict:bool=False # True: raise where the batch offers fewer directions than asked
 ):                    # A `Growth`, or a list of them if `site` is a list
     "Add `k` neurons at `site` without changing what the model computes; all or nothing."
+    _check_objects(model, method, loss_func, opt)
     model = unwrapped(model)
     sites,ks = _request(model, site, k)
     for s in sites:

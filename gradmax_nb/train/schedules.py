@@ -13,6 +13,7 @@ __all__ = ['When', 'EveryN', 'event_steps', 'AtSteps', 'OnPlateau', 'Where', 'Al
 import math
 from dataclasses import dataclass, field
 from typing import Protocol
+from ..core.objects import check_object, refuse_class
 
 # %% ../../nbs/train/01_schedules.ipynb #0000004e
 class When(Protocol):
@@ -59,6 +60,7 @@ def event_steps(
     losses=None # Training loss of each step, for schedules that look at it; None: constant
 )->list:        # Steps after which growth falls due
     "Rehearse a schedule."
+    check_object(when, 'when', 'due', 'EveryN(100)')
     state,losses = when.begin(),[1.]*steps if losses is None else losses
     return [t for t in range(1,steps+1) if when.due(state, t, losses[t-1])]
 
@@ -172,6 +174,7 @@ def _known(name, sites, refused):
 class RoundRobin:
     "One site per event, in turn."
     of:object=field(default_factory=AllSites) # Whose turn it can be: `AllSites()` or `Named(...)`
+    def __post_init__(self): check_object(self.of, 'of', 'among', 'AllSites()')
     def among(self, sites:list, refused:list=())->list: return self.of.among(sites, refused)
     def at(self, sites:list, event:int)->list: return [sites[event%len(sites)]] if sites else []
 
@@ -205,6 +208,7 @@ def neurons(
     turn:int=1      # How many times it has been its turn, this one included
 )->int:
     "The number of neurons that `rule` means at one site."
+    refuse_class(rule, f'number of neurons` of `{name}')
     if hasattr(rule, 'count') and not isinstance(rule, (list,tuple)):
         return _whole(rule.count(name, seed, seed if width is None else width, turn), 'number of neurons', least=0)
     if not isinstance(rule, dict):
@@ -255,6 +259,7 @@ def allot(
     turns:dict=None # Site name -> turns it has had, counted up here; None: `event` for each
 )->list:            # `(site, number)` pairs
     "Who grows at this event, and by how many."
+    check_object(where, 'where', 'at', 'AllSites()')
     left = {s.name: _room(s.name, widths[s.name], seeds[s.name], max_width) for s in sites}
     turns,out = {s.name:event for s in sites} if turns is None else turns,[]
     for s in where.at([s for s in sites if left[s.name]>0], event):
@@ -279,6 +284,7 @@ def planned_widths(
     losses=None             # Training loss of each step, for schedules that look at it
 )->list:                    # `(step, widths)` pairs: the start (step 0) and every event
     "The widths a schedule leads to."
+    check_object(where, 'where', 'among', 'AllSites()')
     sites,widths,turns = where.among([_Spot(n) for n in seeds]),dict(seeds),{}
     out = [(0,dict(seeds))]
     for event,step in enumerate(event_steps(when, steps, losses)):

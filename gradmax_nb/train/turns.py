@@ -4,6 +4,7 @@
 
 # %% ../../nbs/train/01b_turns.ipynb #70a50002
 from __future__ import annotations
+from ..core.objects import check_object, refuse_class
 from ..core.sites import Site
 from .log import GrowthLog
 from .schedules import Named, Where, allot, neurons
@@ -20,13 +21,11 @@ def check_parts(
     max_width=None # Likewise
 ):
     "Raise `TypeError` for a class in place of an object, and for an object of another kind."
-    parts = (method,'propose','GradMax()'), (when,'due','EveryN(100)'), (where,'at','AllSites()')
-    for value,need,hint in parts:
-        if isinstance(value,type) or not hasattr(value,need):
-            raise TypeError(f"{value!r} has no `{need}`: pass an object such as {hint}")
-    for value in (k,max_width):
-        if isinstance(value,type):
-            raise TypeError(f"{value!r} is a class: pass an object such as OfSeed(.25), or a number")
+    check_object(method, 'method', 'propose', 'GradMax()')
+    check_object(when, 'when', 'due', 'EveryN(100)')
+    check_object(where, 'where', 'at', 'AllSites()')
+    refuse_class(k, 'k')
+    refuse_class(max_width, 'max_width')
 
 # %% ../../nbs/train/01b_turns.ipynb #70a50008
 def growing_sites(
