@@ -512,11 +512,15 @@ def readme():
                 re.sub(r'(\]\()(?!https?:|#)([^)\s]+)', lambda m: m[1] + os.path.normpath(f'nbs/{m[2]}'), c.source)
             )
         elif not re.search(r'^#\| *hide', c.source, re.M):
-            if 'code-fold' not in c.source:
+            if not re.search(r'^#\| *(code-fold|echo: *false)', c.source, re.M):
                 out.append(f'```python\n{c.source}\n```')
             for o in c.outputs:
-                png, text = o.get('data', {}).get('image/png'), o.get('text') or o.get('data', {}).get('text/plain')
-                if png:
+                data = o.get('data', {})
+                png, table = data.get('image/png'), data.get('text/markdown')
+                text = o.get('text') or data.get('text/plain')
+                if table:
+                    out.append(''.join(table))
+                elif png:
                     pictures += 1
                     path = f'nbs/images/home{pictures}.png'
                     (ROOT / path).write_bytes(b64decode(''.join(png)))
