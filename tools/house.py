@@ -121,7 +121,7 @@ def size(order):
 
 def pages():
     "Notebooks that begin with code that only defines, or define too much at a stretch"
-    for path in (p for wing in (*WINGS, 'promises', 'tutorials') for p in notebooks(wing)):
+    for path in (p for wing in (*WINGS, 'start', 'promises', 'tutorials') for p in notebooks(wing)):
         name, run, first = path.relative_to(ROOT / 'nbs'), 0, None
         for i, (text, exported) in enumerate(cells(path)):
             passive = bool(re.match(r'#\| *(default_exp|hide)|(import|from) ', text))

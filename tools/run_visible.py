@@ -1,6 +1,6 @@
-"""Runs what a page shows: `python tools/run_visible.py [NOTEBOOK...]`, without arguments the home page, Start and the
-tutorials. The code cells that a reader sees, and nothing that is hidden or folded, become one script for a fresh
-interpreter in an empty folder; then the same with the folded cells. Ends with `N passed, N failed`."""
+"""Runs what a page shows: `python tools/run_visible.py [--folded] [NOTEBOOK...]`, without names the home page, Start and
+the tutorials. The code cells that a reader sees, and nothing that is hidden or folded (with `--folded`: nothing hidden),
+become one script for a fresh interpreter in an empty folder. Ends with `N passed, N failed`."""
 
 import json
 import os
@@ -43,15 +43,13 @@ def run(code):
 
 def main(*names):
     passed = failed = 0
-    for path in [Path(n) for n in names] or pages():
-        codes = [shown(path), shown(path, folded=True)]
-        for code, what in zip(codes[: len(set(codes))], ('shown', 'shown and folded')):
-            start, error = time.perf_counter(), run(code)
-            passed, failed = passed + (not error), failed + bool(error)
-            seconds = time.perf_counter() - start
-            print(f"{'FAILED' if error else 'ok'}: {path.stem}, {what} ({seconds:.0f} s)", flush=True)
-            if error:
-                print(error)
+    folded = '--folded' in names
+    for path in [Path(n) for n in names if n != '--folded'] or pages():
+        start, error = time.perf_counter(), run(shown(path, folded))
+        passed, failed = passed + (not error), failed + bool(error)
+        print(f"{'FAILED' if error else 'ok'}: {path.stem} ({time.perf_counter() - start:.0f} s)", flush=True)
+        if error:
+            print(error)
     print(f'{passed} passed, {failed} failed')
     return bool(failed)
 
