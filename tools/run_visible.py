@@ -1,6 +1,8 @@
-"""Runs what a page shows: `python tools/run_visible.py [--folded] [NOTEBOOK...]`, without names the home page, Start and
-the tutorials. The code cells that a reader sees, and nothing that is hidden or folded (with `--folded`: nothing hidden),
-become one script for a fresh interpreter in an empty folder. Ends with `N passed, N failed`."""
+"""Runs what a page shows: `python tools/run_visible.py [--folded] [NOTEBOOK...]`.
+
+The code cells that a reader sees, and nothing that is hidden or folded (with `--folded`: nothing hidden), become one
+script for a fresh interpreter in an empty folder. Without names it runs the home page, Start and the tutorials. Ends
+with `N passed, N failed`."""
 
 import json
 import os
