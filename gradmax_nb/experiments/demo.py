@@ -90,9 +90,8 @@ _grown = 'BoundMax','MirrorGradMax','GradMax','MirrorRandom','RandomGrowth'
 
 def contenders()->dict: # Name -> `Contender`
     "What the demo compares."
-    methods = methods_by_name()
-    fixed = {'Baseline-Small':Contender(), 'Baseline-Big':Contender(big=True)}
-    return {**{n:Contender(methods[n]) for n in _grown}, **fixed}
+    grown = {n:Contender(methods_by_name()[n]) for n in _grown}
+    return {**grown, 'Baseline-Small':Contender(), 'Baseline-Big':Contender(big=True)}
 
 # %% ../../nbs/experiments/04_demo.ipynb #00000029
 def demo_net(
@@ -234,16 +233,15 @@ def run_demo(
     "Run what is missing of a comparison; Ctrl-C stops it after noting what is done."
     runs = {k:r for k,r in _stored(c).items() if not (fresh and k in c.tasks)}
     lost = [(0,n) for n in c.names if runs.get((0,n),{}).get('growth') and not c.checkpoint(n).exists()]
-    missing,body = [t for t in c.tasks if t not in runs or t in lost],None
+    missing,body,finished = [t for t in c.tasks if t not in runs or t in lost],None,False
     try:
         for task,run in sweep(partial(_one,c), missing, jobs, show):
             runs[task] = run
             body = _store(c, runs)
         finished = True
     except KeyboardInterrupt:
-        finished = False
-    if not runs:
-        raise KeyboardInterrupt
+        if not runs:
+            raise
     return body or json.loads(c.path.read_text(encoding='utf-8')), finished
 
 # %% ../../nbs/experiments/04_demo.ipynb #00000050

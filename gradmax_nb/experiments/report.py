@@ -32,7 +32,8 @@ def _line(d):
         out.update({'test accuracy, %':plus_minus(done.accuracy,2), 'training loss':plus_minus(done.train_loss,4),
                     'FLOPs':f'{done.relative_flops.mean():.3f}'})
         out.update({n:int(done[n].iloc[0]) for n in ('parameters',) if n in done})
-        out.update({n:round(done[n].mean(),2) for n in ('hours',) if n in done})
+        times = ('cpu_seconds','processor time, s'),('hours','hours')
+        out.update({n:round(done[k].mean(),2) for k,n in times if k in done})
     return out
 
 def table(
@@ -142,7 +143,8 @@ def runs_of(
         norm,done = r['differs'].get('norm',results['common'].get('norm')),r['result'] or {}
         row = {'accuracy':None, **done, 'method':r['method'], 'seed':r['seed'], 'norm':bool(norm)}
         if done:
-            row['hours'] = (done['seconds']['train']+done['seconds']['growth'])/3600
+            row['cpu_seconds'],row['hours'] = (done[k]['train']+done[k]['growth'] for k in ('cpu_seconds','seconds'))
+            row['hours'] /= 3600
         rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else ['method','seed','norm','accuracy'])
 

@@ -7,12 +7,15 @@ __all__ = ['Study', 'run_setting', 'run_study', 'add_study_arguments', 'study_co
 
 # %% ../../nbs/experiments/05a_study.ipynb #00000139
 import json
+import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from joblib import Parallel, delayed
 from ..train.folder import hardware, versions
+from ..train.arguments import whole
 from ..train.packing import write_atomically
+from ..train.sweep import sweep
 from .student_teacher import (COLOURED, LARGE, NOTEBOOK, SMALL, Setting, Task, White, contenders,
     extended, growth_flops, student_losses, restarts, travel)
 from ..show.students import curves, digits, lasting, table, write_figures
@@ -52,6 +55,8 @@ def _job(task, contender, seeds, cost):
     course = travel(task, contender, seeds)
     return course,None if contender.method is None else extended(course, cost)
 
+def _part(work, *key): return work[key]()
+
 def _finals(courses):
     "Final losses on training and fresh samples; one list per teacher."
     ends = [(o.students,o.task) for o in courses]
@@ -63,17 +68,17 @@ def run_setting(study:Study, setting:Setting, processes:int=1, show:bool=False)-
     "All teachers and contenders of one `setting` of a `study`, in worker `processes`; `show` reports progress."
     known,tasks = study.contenders(setting),[Task(setting, study.first_teacher+t) for t in range(study.teachers)]
     costs = {n:growth_flops(setting, c) for n,c in known.items()}
-    work = [delayed(_job)(t, c, study.seeds, costs[n]) for n,c in known.items() for t in tasks]
+    work = {(n,t.teacher):partial(_job, t, c, study.seeds, costs[n]) for n,c in known.items() for t in tasks}
     once = {n:known[n] for n in _restarted if n in known and 'Random' in known and setting.inputs==White()}
     after = 500 if setting.width<50 else 0
-    again = [delayed(restarts)(t, once, study.seeds, after) for t in tasks if once]
-    done,methods = Parallel(processes, verbose=5*show)(work+again),{}
-    for i,n in enumerate(known):
-        courses,longer = zip(*done[i*len(tasks):(i+1)*len(tasks)])
+    again = {('restarts',t.teacher):partial(restarts, t, once, study.seeds, after) for t in tasks if once}
+    done,methods = dict(sweep(partial(_part,work|again), [*work,*again], processes, show)),{}
+    for n in known:
+        courses,longer = zip(*(done[n,t.teacher] for t in tasks))
         methods[n] = dict(flops=courses[0].flops, growth_flops=costs[n], **_finals(courses), curve=curves(courses))
         if longer[0] is not None:
             methods[n]['equal'] = dict(steps=longer[0].t, **_finals(longer))
-    return dict(facts=study.facts(setting), methods=methods, restarts=lasting(done[len(work):]))
+    return dict(facts=study.facts(setting), methods=methods, restarts=lasting([done[k] for k in again]))
 
 # %% ../../nbs/experiments/05a_study.ipynb #00000146
 def _kept(study, path):
@@ -96,15 +101,14 @@ def run_study(
     show:bool=True    # Show progress
 )->dict:              # Contents of the results file
     "Run what is missing of a study; the file is complete after each setting."
-    path = Path(path)
-    settings = {} if fresh else _kept(study, path)
+    settings = {} if fresh else _kept(study, Path(path))
     for s in (s for s in study.settings if s.name not in settings):
         began = time.time()
         settings[s.name] = run_setting(study, s, processes, show)
         settings[s.name]['wall_seconds'] = round(time.time()-began, 1)
         results = dict(versions=versions(), hardware=hardware(), processes=processes, settings=settings)
         write_atomically(path, json.dumps(results)+'\n')
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json.loads(Path(path).read_text(encoding='utf-8'))
 
 # %% ../../nbs/experiments/05a_study.ipynb #0000014f
 _few = 'Baseline-Small','Random','GradMax','GradMax(Lookahead())','BoundMax','Baseline-Big'
@@ -121,7 +125,7 @@ def add_study_arguments(
     count('--teachers', 5, 'teachers of each task (%(default)s)')
     count('--seeds', 10, 'students per teacher and method (%(default)s)')
     count('--first-teacher', 0, 'number of the first teacher (%(default)s)')
-    count('--processes', -1, 'worker processes (one per core)')
+    p.add_argument('--processes', type=whole, default=os.cpu_count() or 1, metavar='N', help='processes (one per core)')
     p.add_argument('--quick', action='store_true',
                    help='the small task with few methods, teachers and seeds: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse settings finished before')
@@ -140,6 +144,5 @@ def study_command(
     results = run_study(study, path, args.fresh, 1 if args.quick else args.processes)
     for n,r in results['settings'].items():
         print(f"\n{n}: {r['facts']['teachers']} teachers, {r['facts']['seeds']} seeds each\n{table(r).to_string()}")
-    for file in (path, *write_figures(results, args.out)):
-        print(file)
+    print(path, *write_figures(results, args.out), sep='\n')
     return 0
