@@ -5,6 +5,10 @@
 from .core.sites import Refusal, Site, declare_site, find_sites, register_pointwise
 from .core.measure import Measurement, Side, measure
 
+from .model.outputs import grow_output
+from .model.surgery import fit_to
+from .model.untouched import restore_rng, rng_state
+
 from .methods.lengths import ActivationRMS, CurvatureBudget, FixedLength, MeanNorm, SigmaWeighted
 from .methods.gradmax import AsComputed, GradMax, SignRule
 from .methods.mirrored import Ascent, BoundMax, MirrorGradMax, MirrorRandom
@@ -15,6 +19,8 @@ from .train.growth import Growth, grow, measured_norm
 from .train.schedules import AllSites, AtSteps, EveryN, OfSeed, OnPlateau, RoundRobin, Towards
 from .train.schedules import event_steps, planned_widths
 from .train.flops import count_flops, step_flops
+from .train.summary import summary
+from .train.grower import Grower
 from .train.rates import NormRatio, YoungRates
 from .train.checkpoint import load_grown, peek_grown, save_grown
 from .train.batches import GrowthLog, TrainBatches
