@@ -685,6 +685,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'gradmax_nb/experiments/study.py'),
                                               'gradmax_nb.experiments.study._kept': ( 'experiments/study.html#_kept',
                                                                                       'gradmax_nb/experiments/study.py'),
+                                              'gradmax_nb.experiments.study._part': ( 'experiments/study.html#_part',
+                                                                                      'gradmax_nb/experiments/study.py'),
                                               'gradmax_nb.experiments.study.add_study_arguments': ( 'experiments/study.html#add_study_arguments',
                                                                                                     'gradmax_nb/experiments/study.py'),
                                               'gradmax_nb.experiments.study.run_setting': ( 'experiments/study.html#run_setting',
