@@ -1,7 +1,9 @@
 """Checks of the built package: `metadata WHEEL` compares the wheel with the checkout, `imports FOLDER`
-imports the copy installed in FOLDER. Prints what is wrong and exits with 1, or exits with 0."""
+imports the copy installed in FOLDER, `floors PYTHON` looks whether that interpreter has exactly the lowest versions
+of settings.ini. Prints what is wrong and exits with 1, or exits with 0. `lowest` prints these versions for pip."""
 
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -18,16 +20,15 @@ except ImportError:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = 'theory model.surgery model.optim core.sites core.measure methods train.growth'.split()
-HEAVY = {'fastai', 'matplotlib', 'ipywidgets'}
+CORE = '''theory model.surgery model.optim core.objects core.sites core.measure methods train.growth train.schedules
+    train.flops train.checkpoint'''.split()
+HEAVY = {'fastai', 'pandas', 'matplotlib', 'ipywidgets'}
 
 
 def expected():
     "Every metadata field that the wheel must carry, from pyproject.toml, settings.ini, README.md and the package"
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
-    ini = ConfigParser(delimiters=['='], interpolation=None)
-    ini.read(ROOT / 'settings.ini', encoding='utf-8')
-    facts = {k: [o.strip() for o in v.splitlines() if o.strip()] for k, v in ini['DEFAULT'].items()}
+    facts = settings()
     return {
         'Name': [project['name']],
         'Summary': [project['description']],
@@ -46,6 +47,36 @@ def expected():
         'entry points': facts['console_scripts'] + ['gradmax_nb=gradmax_nb._modidx:d'],
         'modules': [p.relative_to(ROOT).as_posix() for p in (ROOT / 'gradmax_nb').rglob('*.py')],
     }
+
+
+def settings():
+    "The lists of settings.ini by name"
+    ini = ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    return {k: [o.strip() for o in v.splitlines() if o.strip()] for k, v in ini['DEFAULT'].items()}
+
+
+def lowest():
+    "`name==version` of every requirement at its lowest, and what runs the notebooks, as pip reads constraints"
+    facts = settings()
+    for text in facts['requirements']:
+        name, mark, version = text.partition('>=')
+        if not mark or not re.fullmatch(r'[0-9.]+', version):
+            raise ValueError(f'settings.ini requires {text!r}: give a lowest version, {name}>=...')
+        yield f'{name}=={version}'
+    yield from (o for o in facts['dev_requirements'] if o.startswith(('nbdev==', 'fastcore==')))
+
+
+def floors(python):
+    "Where the packages of the interpreter `python` are not at their lowest versions"
+    from packaging.version import Version
+
+    want = dict(o.split('==') for o in lowest())
+    script = 'import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))'
+    child = subprocess.run([python, '-c', script, *want], capture_output=True, text=True, check=True)
+    for (name, low), have in zip(want.items(), child.stdout.split()):
+        if Version(low) != Version(have.partition('+')[0]):
+            yield f'{name}: {low} was asked for, {have} is there'
 
 
 def requirement(text, extra=None):
@@ -102,22 +133,31 @@ def imports(folder):
             import_module(name)
         except Exception as e:
             yield f'{name}: {type(e).__name__}: {e}'
+    yield from brought('import gradmax_nb', HEAVY | {'torch'}, folder)
+    yield from brought('from gradmax_nb import *', HEAVY, folder)
     for name in CORE:
-        script = f'import sys; sys.path.insert(0, {str(folder)!r}); import gradmax_nb.{name}; '
-        script += f'print(*{HEAVY} & sys.modules.keys())'
-        child = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=folder)
-        if child.returncode:
-            yield f'gradmax_nb.{name} alone: {child.stderr.strip().splitlines()[-1]}'
-        elif child.stdout.strip():
-            yield f'gradmax_nb.{name} imports {child.stdout.strip()}'
+        yield from brought(f'import gradmax_nb.{name}', HEAVY, folder)
+
+
+def brought(statement, unwanted, folder):
+    "What goes wrong when `statement` is run in a fresh interpreter, or which of the `unwanted` modules it imports"
+    script = f'import sys; sys.path.insert(0, {str(folder)!r}); {statement}; print(*{unwanted} & sys.modules.keys())'
+    child = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=folder)
+    if child.returncode:
+        yield f'{statement}, alone: {child.stderr.strip().splitlines()[-1]}'
+    elif child.stdout.strip():
+        yield f'{statement} imports {child.stdout.strip()}'
 
 
 def main(check, path):
-    problems = list({'metadata': metadata, 'imports': imports}[check](path))
+    problems = list({'metadata': metadata, 'imports': imports, 'floors': floors}[check](path))
     for o in problems:
         print(o)
     return bool(problems)
 
 
 if __name__ == '__main__':
-    sys.exit(main(*sys.argv[1:]))
+    if sys.argv[1:] == ['lowest']:
+        print('\n'.join(lowest()))
+    else:
+        sys.exit(main(*sys.argv[1:]))
