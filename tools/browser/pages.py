@@ -1,8 +1,8 @@
 """Opens every page of the site in a headless Chromium, from the files: `pages.py [FOLDER] [--pictures FOLDER]`.
 
 Each page in light, dark and at a width of 390 px: nothing on the console, no request to another host, no horizontal
-overflow, no box of code that scrolls sideways beside the navigation, tables that scroll on their own, formulas drawn, sliders that move their figures, no serious finding of axe-core; and the search finds what it
-should. Needs Debian's chromium and chromium-driver, `pip install selenium`, and npm for axe-core; exits with 77 where
+overflow, no box of code that scrolls sideways beside the navigation, tables that scroll on their own, formulas drawn,
+sliders that move their figures, no serious finding of axe-core; and the search finds what it should. Needs Debian's chromium and chromium-driver, `pip install selenium`, and npm for axe-core; exits with 77 where
 there is no browser."""
 
 import argparse
@@ -30,11 +30,12 @@ if (wide > 1) {
 }
 const scrolls = o => o.clientWidth > 0 && o.scrollWidth > o.clientWidth + 1;
 const boxes = innerWidth < 1000 ? [] : [...document.querySelectorAll('article pre')].filter(scrolls);
-if (boxes.length) out.push(`has ${boxes.length} boxes that scroll sideways: ${boxes[0].textContent.trim().slice(0, 60)}`);
+const begin = o => o.textContent.trim().slice(0, 60);
+if (boxes.length) out.push(`has ${boxes.length} boxes that scroll sideways: ${begin(boxes[0])}`);
 const barred = o => o && (['auto', 'scroll'].includes(getComputedStyle(o).overflowX) || barred(o.parentElement));
-const cut = [...document.querySelectorAll('article table')].filter(o => o.getBoundingClientRect().right > innerWidth + 1);
-for (const o of cut.filter(o => !barred(o.parentElement)))
-  out.push(`has a table without a scroll bar of its own: ${o.textContent.trim().slice(0, 40)}`);
+const cut = o => o.getBoundingClientRect().right > innerWidth + 1 && !barred(o.parentElement);
+for (const o of [...document.querySelectorAll('article table')].filter(cut))
+  out.push(`has a table without a scroll bar of its own: ${begin(o)}`);
 const math = [...document.querySelectorAll('.math')], drawn = math.filter(o => o.querySelector('.katex'));
 if (drawn.length < math.length) out.push(`draws ${drawn.length} of ${math.length} formulas`);
 for (const o of document.querySelectorAll('.katex-error'))
