@@ -52,9 +52,9 @@ def _limits(m):
     yield most,f"the growth batch has a gradient in {n} samples"
     spans = [_span(r) for r in rows]
     names = ', '.join(f"{s} of the {r.shape[1]} outputs of `{l.name}`" for s,r,l in zip(spans,rows,m.site.links))
-    classes = spans[0]==rows[0].shape[1]-1 and len(spans)==1 # under cross-entropy the gradients add up to zero
-    yield (sum(s*t for s,t in zip(spans,taps)),
-           f"the gradients span {names}" + (" (with cross-entropy: the number of classes, less one)" if classes else ""))
+    zero_sum = len(spans)==1 and spans[0]==rows[0].shape[1]-1
+    classes = " (with cross-entropy: the number of classes, less one)" if zero_sum else ""
+    yield sum(s*t for s,t in zip(spans,taps)),f"the gradients span {names}{classes}"
     yield _span(input_samples(m)),f"the inputs of `{m.site.name}` span no more dimensions on this batch"
 
 # %% ../../nbs/methods/06_shortage.ipynb #99e01c49

@@ -64,7 +64,7 @@ def _event(self:ByHand):
         try:
             site, = Named(name).among(self._found, ())
             n = neurons(self.k if k is None else k, name, self._record.seed(site))
-            rec = self.learn.grow(site, n, self.method, self.batch)
+            rec = self.learn.grow(site, n, self.method, self.batch, strict=True)
         except (ValueError,RuntimeError) as e:
             self.tell(f'not grown: {e}')
         else:
