@@ -11,9 +11,10 @@ import importlib
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from . import __version__
-from .train.arguments import whole
+from .train.arguments import chosen, positive, shape_of, whole
 
 # %% ../nbs/09_cli.ipynb #00000005
 def _recipe(args):
@@ -28,15 +29,7 @@ def _recipe(args):
 def _names(args):
     "The contenders that the options ask for."
     from gradmax_nb.experiments.demo import contenders
-    known = list(contenders())
-    if args.methods is None:
-        return known
-    names = list(dict.fromkeys(n.strip() for n in args.methods.split(',') if n.strip()))
-    wrong = [n for n in names if n not in known]
-    if wrong or not names:
-        problem = 'nothing was named' if not names else f"unknown {', '.join(wrong)}"
-        raise ValueError(f"--methods {args.methods}: {problem}; choose from {', '.join(known)}")
-    return names
+    return chosen('--methods', args.methods, contenders())
 
 # %% ../nbs/09_cli.ipynb #00000006
 def _source(args):
@@ -85,44 +78,33 @@ def _demo(args):
 def _load(name):
     "The model that `module:function` builds."
     module,_,function = name.partition(':')
-    if not function:
+    if not function or not all(o.isidentifier() for o in [*module.split('.'),*function.split('.')]):
         raise ValueError(f"{name!r} names no model: write MODULE:FUNCTION, for instance torchvision.models:resnet18")
     sys.path.insert(0, '')
     try:
         build = getattr(importlib.import_module(module), function)
-    except (ImportError,AttributeError) as e:
-        raise ValueError(f"{name!r} cannot be imported: {e}") from e
+    except Exception as e: # whatever the module does when it is imported
+        raise ValueError(f"{name!r} cannot be imported: {_said(e)}") from e
     finally:
         sys.path.remove('')
     try:
         return build()
-    except TypeError as e:
-        raise ValueError(f"{name!r} cannot be called without arguments: {e}") from e
+    except Exception as e:
+        raise ValueError(f"{name!r} cannot be called without arguments: {_said(e)}") from e
 
-def _shape(args):
-    "Shape of one input."
-    if args.shape is None:
-        return (3,args.size,args.size)
-    try:
-        return tuple(int(o) for o in args.shape.split(','))
-    except ValueError:
-        raise ValueError(f"--shape {args.shape}: write numbers with commas, for instance 3,64,64") from None
+def _said(e): return str(e) if isinstance(e, (ImportError,AttributeError)) else f'{type(e).__name__}: {e}'
 
 # %% ../nbs/09_cli.ipynb #0000000a
 def _sites(args):
     "`gradmax sites`"
     import torch
-    from gradmax_nb.core.sites import find_sites
+    from gradmax_nb.train.summary import summary
     model = _load(args.model)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{args.model!r} gives a {type(model).__name__}, not a torch.nn.Module")
-    sites,refused = find_sites(model, torch.randn(2,*_shape(args), generator=torch.Generator().manual_seed(0)))
-    for s in sites:
-        print(f"{s.name}: {s.width} neurons, read by {', '.join(r.name for r in s.links)}")
-    for r in refused:
-        print(f"{r.name}: refused, {r.reason}")
-    print(f"{len(sites)} sites, {len(refused)} refused")
-    return 0
+    found = summary(model, torch.randn(2,*args.shape, generator=torch.Generator().manual_seed(0)))
+    print(found)
+    return 0 if found.rows else 1
 
 # %% ../nbs/09_cli.ipynb #0000000c
 def _peek(args):
@@ -132,21 +114,22 @@ def _peek(args):
     return 0
 
 # %% ../nbs/09_cli.ipynb #0000000e
-def _command(commands, name, run, about, example):
-    p = commands.add_parser(name, help=about, description=about[0].upper()+about[1:]+'.', epilog=f'example: {example}')
+def _command(commands, name, run, about, example, usage='[options]'):
+    p = commands.add_parser(name, help=about, description=about[0].upper()+about[1:]+'.', epilog=f'example: {example}',
+        usage=f'gradmax {name} {usage}', formatter_class=partial(argparse.HelpFormatter, max_help_position=26))
     p.set_defaults(run=run)
     return p
 
 # %% ../nbs/09_cli.ipynb #0000000f
 def _add_demo(commands):
     p = _command(commands, 'demo', _demo, 'grow a small convolutional network on real pictures, beside networks of '
-                 'fixed width', 'gradmax demo --seeds 5 --out mine')
+                 'fixed width', 'gradmax demo --quick --out mine')
     p.add_argument('--out', default='gradmax-demo', metavar='FOLDER',
                    help='where figure, report, results and checkpoints go (%(default)s)')
     p.add_argument('--seeds', type=whole, metavar='N', help='number of seeds (8; 3 with --data)')
     p.add_argument('--steps', type=whole, metavar='N', help='training steps of each run (700; 1500 with --data)')
-    p.add_argument('--lr', type=float, metavar='X', help='learning rate at the start (0.02)')
-    p.add_argument('--methods', metavar='A,B', help='only these, for instance BoundMax,Baseline-Small,Baseline-Big')
+    p.add_argument('--lr', type=positive, metavar='X', help='learning rate at the start (0.02)')
+    p.add_argument('--methods', metavar='A,B', help='only these, for instance BoundMax,Baseline-Big')
     p.add_argument('--jobs', type=whole, metavar='N', help='runs at the same time (one per processor core)')
     p.add_argument('--quick', action='store_true', help='a few seconds of training: does everything work?')
     p.add_argument('--fresh', action='store_true', help='do not reuse finished runs found in the output folder')
@@ -161,9 +144,9 @@ def _add_demo(commands):
                    help='largest number of test pictures (%(default)s)')
 
 # %% ../nbs/09_cli.ipynb #000000f1
-def _experiment(commands, argv, name, module, stem, about, example):
+def _experiment(commands, argv, name, module, stem, about, example, usage='[options]'):
     "A command whose options and work are `add_<stem>_arguments` and `<stem>_command` of an experiment."
-    p = _command(commands, name, None, about, example)
+    p = _command(commands, name, None, about, example, usage)
     if name not in argv[:1]:
         return
     experiment = importlib.import_module(f'gradmax_nb.experiments.{module}')
@@ -174,14 +157,17 @@ def _experiment(commands, argv, name, module, stem, about, example):
 def _add_looks(commands):
     "The commands that look into a model or a file."
     s = _command(commands, 'sites', _sites, 'list where a model can grow, and why it cannot elsewhere',
-                 'gradmax sites torchvision.models:resnet18 --size 64')
-    s.add_argument('model', help='MODULE:FUNCTION that builds the model')
-    s.add_argument('--size', type=whole, default=224, metavar='N',
-                   help='its input is a colour picture of N×N pixels (%(default)s)')
-    s.add_argument('--shape', metavar='A,B,...', help='shape of one input of another kind, for instance 1,28,28')
+                 'gradmax sites torchvision.models:resnet18 --size 64', 'MODULE:FUNCTION [--size N | --shape A,B,...]')
+    s.add_argument('model', metavar='MODULE:FUNCTION', help='builds the model when called without arguments')
+    g = s.add_mutually_exclusive_group()
+    g.add_argument('--size', dest='shape', type=_picture, default=(3,224,224), metavar='N',
+                   help='its input is a colour picture of NxN pixels (224)')
+    g.add_argument('--shape', type=shape_of, metavar='A,B,...', help='shape of one input of another kind: 1,28,28')
     k = _command(commands, 'peek', _peek, 'show what is in a grown checkpoint, without a model',
-                 'gradmax peek gradmax-demo/models/BoundMax.safetensors')
-    k.add_argument('file', help='written by save_grown or the demo')
+                 'gradmax peek gradmax-demo/models/BoundMax.safetensors, after gradmax demo', 'FILE')
+    k.add_argument('file', metavar='FILE', help='written by save_grown or the demo')
+
+def _picture(text): return shape_of(f'3,{whole(text)},{whole(text)}')
 
 # %% ../nbs/09_cli.ipynb #000000fb
 def _parser(argv=()):
@@ -194,7 +180,8 @@ def _parser(argv=()):
                 'imitate random teachers: all methods, many seeds', 'gradmax teacher-student --quick')
     _experiment(commands, argv, 'train', 'train', 'train',
                 'train a Wide-ResNet, VGG or MobileNet that grows, on a folder of pictures',
-                'gradmax train wrn --data cifar10 --epochs 10 --out runs/0')
+                'gradmax train wrn --data patterns --quick --out runs/0',
+                '{wrn,vgg,mobilenet} --data FOLDER --out FOLDER [options]')
     _add_looks(commands)
     return p
 
@@ -209,7 +196,12 @@ def main(
             warnings.filterwarnings('ignore', message='.torch.jit', category=FutureWarning) # torch warns of itself
             args = _parser(argv).parse_args(argv)
             args.command_line = ' '.join(['gradmax', *argv])
-            return args.run(args)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError: # who reads, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # for the flush at exit
+        return 141 # what a shell says of programs that end so
     except (ValueError,OSError) as e:
         print(f"gradmax: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

@@ -336,7 +336,7 @@ def _other_point(site, z, name):
     "A bias at which the activation behind `name` has a slope, since it has none at zero."
     slope = {b:_probe(site,z,name,b).norm().item() for b in (1.,-1.,.5,-.5,2.,-2.)}
     best = max(slope, key=slope.get)
-    remedy = "use a method whose outgoing weights start at zero, such as BoundMax()"
+    remedy = "use a method that needs no derivative there, such as MirrorRandom()"
     if not slope[best]:
         raise ValueError(f"new neurons of `{site.name}` would never learn: the activation behind `{name}` has "
                          f"derivative 0 at 0 and wherever else was tried; {remedy}")

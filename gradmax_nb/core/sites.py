@@ -282,6 +282,8 @@ def _spelled(what):
         return repr(what)
     if getattr(what, '__module__', None)=='_operator':
         return f'operator.{_label(what)}'
+    if isinstance(what, type):
+        return f"{'nn.' if hasattr(nn, what.__name__) else ''}{what.__name__}"
     return torch.overrides.resolve_name(what) or _label(what)
 
 def _unknown(o):
@@ -289,8 +291,9 @@ def _unknown(o):
     name,what = (o.node.name,o.what) if o.layer is None else (o.node.target,type(o.layer))
     where = f"`{name}` ({_label(what)})"
     if isinstance(o.layer, (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)) or o.what in _norms:
+        instead = "use BatchNorm, or " if all(s.axis==1 for s in o.spots) else ""
         return (f"feeds {where}, which normalises across channels: new ones would change the old ones' output; "
-            "use BatchNorm, or grow a layer that does not feed it")
+            f"{instead}grow a layer that does not feed it")
     if isinstance(o.layer, _ConvNd):
         return (f"feeds the grouped convolution {where}, whose groups would be cut differently; "
             "grow a layer that does not feed it")
@@ -507,7 +510,8 @@ def _problems(model, graph):
         elif any(owners[id(p)]>1 for p in own):
             out[name] = "shares a parameter with another layer (tied weights); untie them before growing"
         elif own and name in read:
-            out[name] = "has its weight read directly by the model's forward, not only by calling the layer"
+            out[name] = ("has its weight read directly by the model's forward, not only by calling the layer; "
+                "call the layer wherever it is used")
     return out
 
 # %% ../../nbs/core/00_sites.ipynb #00000032
@@ -790,13 +794,14 @@ def _candidates(model):
     return [n for n,m in model.named_modules() if has_weight(m)]
 
 def _uncalled(model, name):
-    owner = name.rpartition('.')[0]
-    inside = "the forward pass does not call it"
-    if owner:
-        kind = type(model.get_submodule(owner)).__name__
-        inside = f"it is used inside `{owner}` ({kind}), whose forward is not traced"
-    return (f"is never called as a layer: {inside}; "
-        "declare the site by hand with `declare_site` if its neurons are read by one layer")
+    "Why the graph has no call of the layer `name`."
+    parts,tracer = name.split('.'),_Tracer()
+    for owner in ('.'.join(parts[:i]) for i in range(1,len(parts))):
+        m = model.get_submodule(owner)
+        if tracer.is_leaf_module(m, owner):
+            return (f"is never called as a layer: it is used inside `{owner}` ({type(m).__name__}), whose forward is "
+                "not traced; declare the site by hand with `declare_site` if its neurons are read by one layer")
+    return "is never called as a layer: the forward pass does not call it"
 
 # %% ../../nbs/core/00_sites.ipynb #0000004a
 def _prove(model, sites, xb):

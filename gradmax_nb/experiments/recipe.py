@@ -20,7 +20,7 @@ from ..model.surgery import OwnWidth
 from ..train.arithmetic import Eager, FullPrecision
 from ..train.flops import step_flops
 from ..train.learner import Cosine, Drops
-from ..train.plan import Plan, lengthened, plan_growth
+from ..train.plan import Plan, fewest, lengthened, places, plan_growth
 from ..train.schedules import AllSites, AtSteps, Named, Towards
 
 # %% ../../nbs/experiments/02_recipe.ipynb #000000c2
@@ -35,10 +35,9 @@ class Growing:
     def when(self, total:int, sites:list)->AtSteps:
         "The steps after which `sites` grow in a training of `total` steps."
         n = self.times*len(sites)//len(self.where.at(sites,0))
-        steps = [round((self.start+i*self.every)*total) for i in range(n)]
-        if steps[0]<1 or steps[-1]>=total or len(set(steps))<n:
-            raise ValueError(f"a training of {total} steps is too short for {n} growth events (they would fall on "
-                f"steps {steps[0]} to {steps[-1]}): train longer, for instance with more epochs or a smaller batch")
+        if not (steps := places(total, self.start, self.every, n)):
+            raise ValueError(f"a training of {total} steps is too short for {n} growth events, which take at least "
+                f"{fewest(1,self.start,self.every,n)}: train for more epochs or with a smaller batch")
         return AtSteps(*steps)
 
 # %% ../../nbs/experiments/02_recipe.ipynb #000000cc

@@ -190,9 +190,10 @@ def _as_history(h):
 # %% ../../nbs/train/05_checkpoint.ipynb #0000004d
 def _events(history):
     "`(site, old width, new width)` of the rows that say so"
-    rows = history if isinstance(history, list) else [] if history is None else history.to_dict('records')
+    if hasattr(history, 'itertuples'): # a data frame, whose columns may be anything
+        history = [dict(zip(map(str,history.columns), r)) for r in history.itertuples(index=False, name=None)]
     keys = ('site', 'old_width', 'new_width')
-    return [tuple(r[k] for k in keys) for r in rows if isinstance(r, dict) and all(k in r for k in keys)]
+    return [tuple(r[k] for k in keys) for r in history or () if isinstance(r, dict) and all(k in r for k in keys)]
 
 # %% ../../nbs/train/05_checkpoint.ipynb #0000004e
 def _lines(c):
