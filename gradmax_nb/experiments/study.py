@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from ..train.folder import hardware, versions
-from ..train.arguments import whole
+from ..train.arguments import chosen, whole
 from ..train.packing import write_atomically
 from ..train.sweep import sweep
 from .student_teacher import (COLOURED, LARGE, NOTEBOOK, SMALL, Setting, Task, White, contenders,
@@ -135,9 +135,7 @@ def study_command(
     args # Parsed options
 )->int:  # Exit code
     "`gradmax teacher-student`"
-    names = ['small'] if args.quick else [n.strip() for n in args.settings.split(',') if n.strip()]
-    if wrong := [n for n in names if n not in _settings]:
-        raise ValueError(f"--settings: there is no task {wrong[0]!r}; choose from {', '.join(_settings)}")
+    names = ['small'] if args.quick else chosen('--settings', args.settings, _settings)
     size = (2,3) if args.quick else (args.teachers,args.seeds)
     study = Study(tuple(_settings[n] for n in names), *size, args.first_teacher, _few if args.quick else None)
     path = Path(args.out)/'results.json'

@@ -18,7 +18,7 @@ from fastcore.basics import IN_NOTEBOOK
 from .data import Patterns, load_images
 from .recipe import Setup, completed, contenders, recipes
 from ..model.surgery import Corner
-from ..train.arguments import positive, whole
+from ..train.arguments import chosen, positive, whole
 from ..train.arithmetic import Autocast, Compiled, Eager, FullPrecision
 from .report import collect, runs_of, table
 from .run import run
@@ -27,6 +27,7 @@ from ..train.stop import Lines, Stop, Stopped
 from ..train.sweep import Unfinished, sweep
 from ..methods import FixedLength
 from ..train.packing import write_atomically
+from ..train.plan import fewest
 from ..train.rates import Times
 from ..train.schedules import RoundRobin
 
@@ -35,51 +36,44 @@ def add_train_arguments(
     p:argparse.ArgumentParser # Of the command
 ):
     "The arguments of `gradmax train`."
-    p.add_argument('network', choices=list(recipes()), help="which network, and with it the paper's schedule")
-    p.add_argument('--data', required=True, metavar='FOLDER', help=f'pictures: {_layout}; "patterns" makes some up')
-    p.add_argument('--out', required=True, metavar='FOLDER', help='where the run (or with --sweep: the runs) are kept')
-    p.add_argument('--method', metavar='NAME', help=f"who trains (BoundMax): {', '.join(contenders())}")
-    p.add_argument('--seed', type=int, default=0, metavar='N', help=f'decides {_seeded} (%(default)s)')
-    _add_recipe(p.add_argument_group('the schedule; everything keeps its proportions'))
-    _add_machine(p.add_argument_group('the machine'))
-    _add_sweep(p.add_argument_group('a table'))
-
-_layout = 'FOLDER/train/CLASS/ and FOLDER/test/CLASS/ (or val/, valid/)'
-_seeded = 'first weights, order of the pictures, growth batches; in a sweep the first of the seeds'
+    p.add_argument('network', choices=list(recipes()), help='network and schedule, as in the paper')
+    p.add_argument('--data', required=True, metavar='FOLDER', help='of train/CLASS/, test/CLASS/; "patterns": made up')
+    p.add_argument('--out', required=True, metavar='FOLDER', help='where the run, or those of a sweep, are kept')
+    p.add_argument('--method', metavar='NAME', help='who trains (BoundMax); an unknown name lists all')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='of weights, order, growth batches (%(default)s)')
+    p.add_argument('--quick', action='store_true', help='the shortest training that grows: does it work?')
+    _add_recipe(p)
+    _add_machine(p)
 
 # %% ../../nbs/experiments/09_train.ipynb #000000d9
-def _add_recipe(g):
-    g.add_argument('--epochs', type=whole, metavar='N', help='passes over the training pictures (200; mobilenet 90)')
-    g.add_argument('--batch-size', type=whole, metavar='N', help='pictures in a step (128; mobilenet 512)')
-    g.add_argument('--lr', type=positive, metavar='X', help='peak learning rate for batches of 128 (0.1; others 0.05)')
-    g.add_argument('--growth-batch', type=whole, metavar='N', help='pictures a growth is measured on (128)')
-    g.add_argument('--corner', action='store_true', help='cut the seed out of the full network, of one draw')
-    g.add_argument('--activation-scale', type=positive, metavar='X', help=f'activation of new neurons, {_times} (1)')
-    g.add_argument('--length', type=positive, metavar='X', help=f'length of new weights, {_times}; vgg: itself (0.5)')
-    g.add_argument('--young-rate', type=positive, metavar='X', help=f'learning rate of new weights, {_times} (1)')
-    g.add_argument('--norm', action='store_true', help='BatchNorm between the layers of a grown pair')
-    g.add_argument('--round-robin', action='store_true', help='one layer at each event, instead of all')
-    g.add_argument('--equal-flops', action='store_true', help="train longer, until Baseline-Big's FLOPs are spent")
-    g.add_argument('--size', type=whole, metavar='N', help='height and width of the pictures (as they are)')
-
-_times = "in multiples of the old ones'"
+def _add_recipe(p):
+    p.add_argument('--epochs', type=whole, metavar='N', help='passes over the pictures (200; mobilenet 90)')
+    p.add_argument('--batch-size', type=whole, metavar='N', help='pictures in a step (128; mobilenet 512)')
+    p.add_argument('--lr', type=positive, metavar='X', help='peak rate for batches of 128 (0.1; others 0.05)')
+    p.add_argument('--growth-batch', type=whole, metavar='N', help='pictures a growth is measured on (128)')
+    p.add_argument('--corner', action='store_true', help='cut the seed out of the full network')
+    p.add_argument('--activation-scale', type=positive, metavar='X', help='activation of new neurons, times old (1)')
+    p.add_argument('--length', type=positive, metavar='X', help='of new weights, times the old; vgg: itself (0.5)')
+    p.add_argument('--young-rate', type=positive, metavar='X', help='learning rate of new weights, times the old (1)')
+    p.add_argument('--norm', action='store_true', help='BatchNorm between the layers of a grown pair')
+    p.add_argument('--round-robin', action='store_true', help='one layer at each event, instead of all')
+    p.add_argument('--equal-flops', action='store_true', help="train until Baseline-Big's FLOPs are spent")
+    p.add_argument('--size', type=whole, metavar='N', help='height and width of the pictures (as they are)')
 
 # %% ../../nbs/experiments/09_train.ipynb #000000da
-def _add_machine(g):
-    g.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
-    g.add_argument('--threads', type=whole, metavar='N', help='processor threads of each run (1)', default=1)
-    g.add_argument('--amp', choices=['bf16','fp16'], help='mixed precision, on a GPU')
-    g.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile; BACKEND[:MODE]')
-    g.add_argument('--no-channels-last', action='store_true', help='keep the usual memory layout')
-    g.add_argument('--check-every', type=whole, default=1, metavar='N', help='check each so many events (%(default)s)')
-    g.add_argument('--save-seconds', type=positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
-    g.add_argument('--cache', metavar='FOLDER', help='where decoded pictures are kept for the next run')
-
-def _add_sweep(g):
-    g.add_argument('--sweep', action='store_true', help='run every method with every seed')
-    g.add_argument('--methods', metavar='A,B', help='only these (all)')
-    g.add_argument('--seeds', type=whole, metavar='N', help='so many seeds, from --seed on (3)')
-    g.add_argument('--jobs', type=whole, metavar='N', help='runs at the same time (1)')
+def _add_machine(p):
+    p.add_argument('--device', metavar='NAME', help='cpu, cuda, cuda:1, ... (a GPU if there is one)')
+    p.add_argument('--threads', type=whole, metavar='N', help='processor threads of each run (1)', default=1)
+    p.add_argument('--amp', choices=['bf16','fp16'], help='mixed precision, on a GPU')
+    p.add_argument('--compile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile; BACKEND[:MODE]')
+    p.add_argument('--no-channels-last', action='store_true', help='keep the usual memory layout')
+    p.add_argument('--check-every', type=whole, default=1, metavar='N', help='check each so many events (%(default)s)')
+    p.add_argument('--save-seconds', type=positive, default=60., metavar='X', help='between checkpoints (%(default)s)')
+    p.add_argument('--cache', metavar='FOLDER', help='where decoded pictures are kept for the next run')
+    p.add_argument('--sweep', action='store_true', help='run every method with every seed: a table')
+    p.add_argument('--methods', metavar='A,B', help='of the sweep (all)')
+    p.add_argument('--seeds', type=whole, metavar='N', help='so many seeds, from --seed on (3)')
+    p.add_argument('--jobs', type=whole, metavar='N', help='runs at the same time (1)')
 
 # %% ../../nbs/experiments/09_train.ipynb #000000dc
 def setup_of(
@@ -98,11 +92,25 @@ def setup_of(
         given['length'] = type(r.length)(args.length)
     if args.young_rate:
         given['young'] = Times(args.young_rate)
+    if args.quick:
+        given = {'batch_size':32, 'growth_batch':32, **given}
+        given.setdefault('epochs', _fewest_epochs(args, replace(r,**given)))
     precision = FullPrecision() if args.amp is None else Autocast({'bf16':'bfloat16','fp16':'float16'}[args.amp])
     engine = Eager() if args.compile is None else Compiled(*args.compile.split(':',1))
     seed,method = args.seed if seed is None else seed,method or args.method or 'BoundMax'
     return Setup(replace(r,**given), method, seed, args.norm, args.equal_flops, precision, engine,
         not args.no_channels_last, args.check_every)
+
+# %% ../../nbs/experiments/09_train.ipynb #93ecfb9f
+@cache
+def _pictures(data, size, folder):
+    "The pictures, read once in each process."
+    return Patterns(size=size or 32) if data=='patterns' else load_images(data, size=size, cache=folder)
+
+def _fewest_epochs(args, r):
+    "The fewest epochs in which all layers can grow as the recipe `r` wants it."
+    steps = _pictures(args.data, args.size, args.cache).steps(r.batch_size)
+    return fewest(steps, r.growing.start, r.growing.every, r.growing.times)
 
 # %% ../../nbs/experiments/09_train.ipynb #000000e0
 def _device(args):
@@ -131,12 +139,15 @@ def _heeded(args, names):
         options = ' and '.join('--'+o.replace('_','-') for o in words)
         raise ValueError(f"{options} would change nothing {why}")
 
-# %% ../../nbs/experiments/09_train.ipynb #000000e7
-@cache
-def _pictures(data, size, folder):
-    "The pictures, read once in each process."
-    return Patterns(size=size or 32) if data=='patterns' else load_images(data, size=size, cache=folder)
+def _long_enough(args, names):
+    "Refuse a training in which the network could not grow, before anything is built."
+    r = setup_of(args,names[0]).recipe
+    least = _fewest_epochs(args,r)
+    if r.epochs<least and any(contenders()[n].method for n in names):
+        raise ValueError(f"--epochs {r.epochs} is too short for {r.growing.times} growth events: it takes at least "
+            f"--epochs {least}; the shortest training that grows is --quick")
 
+# %% ../../nbs/experiments/09_train.ipynb #000000e7
 def _line(learn):
     "What is said of an epoch."
     log = learn.run_log
@@ -163,17 +174,7 @@ def one_run(
         torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/09_train.ipynb #000000e9
-def _names(args):
-    "The methods of a sweep."
-    known = list(contenders())
-    if args.methods is None:
-        return known
-    names = list(dict.fromkeys(n.strip() for n in args.methods.split(',') if n.strip()))
-    wrong = [n for n in names if n not in known]
-    if wrong or not names:
-        why = f"unknown {', '.join(wrong)}" if names else 'nothing was named'
-        raise ValueError(f"--methods {args.methods}: {why}; choose from {', '.join(known)}")
-    return names
+def _names(args): return chosen('--methods', args.methods, contenders())
 
 # %% ../../nbs/experiments/09_train.ipynb #000000ea
 def _state(folder, config):
@@ -232,12 +233,12 @@ def train_command(
 )->int:  # Exit code: 0 done, 130 stopped
     "`gradmax train`; raises `ValueError` for what is wrong with the arguments, the data or the folder."
     try:
+        names = _names(args) if args.sweep else [setup_of(args).method]
+        _heeded(args, names)
+        _long_enough(args, names)
         if args.sweep:
-            _heeded(args, _names(args))
             return _sweep(args)
-        setup = setup_of(args)
-        _heeded(args, [setup.method])
-        print(_said(one_run(args, setup, Path(args.out).expanduser())), flush=True)
+        print(_said(one_run(args, setup_of(args), Path(args.out).expanduser())), flush=True)
         return 0
     except (Stopped,KeyboardInterrupt) as e:
         print(f"\n{str(e) or 'stopped'}; the same command goes on from there", file=sys.stderr, flush=True)
