@@ -39,7 +39,7 @@ NBS, DOCS, SITE, HTML = ROOT / 'nbs', ROOT / 'docs', ROOT / '_proc' / 'site', RO
 SECTIONS = {  # caption -> its folders or single pages, in the order of the navigation
     'Start': ('start',),
     'Tutorials': ('tutorials',),
-    'Learn': ('theory', 'promises'),
+    'Learn': ('theory',),
     'Experiments': ('experiments',),
     'API': ('api', 'cli'),
     'API: the model': ('model',),
@@ -47,6 +47,7 @@ SECTIONS = {  # caption -> its folders or single pages, in the order of the navi
     'API: methods': ('methods',),
     'API: training': ('train',),
     'API: pictures': ('show',),
+    'API: what is promised, and proved': ('promises',),
 }
 EMPTY = inspect.Parameter.empty
 WIDGETS = 'application/vnd.jupyter.widget-state+json'
