@@ -255,15 +255,6 @@ def _amount(v, _, digits=None):
     unit = {0:'',3:'k',6:'M',9:'G',12:'T',15:'P',18:'E'}.get(e,f'e{e}')
     return f'{v/10**e:g}{unit}' if digits is None else f'{v/10**e:.{digits}g} {unit}'
 
-# %% ../../nbs/show/00_figures.ipynb #00000031
-def _side_by_side(xs):
-    "`xs`, with those that are closer than a fiftieth of the range spread around their middle."
-    gap,out = (max(xs)-min(xs) or max(xs))/50,list(xs)
-    near = [[j for j,y in enumerate(xs) if abs(x-y)<gap] for x in xs]
-    for i,group in enumerate(near):
-        out[i] += (group.index(i)-(len(group)-1)/2)*gap
-    return out
-
 # %% ../../nbs/show/00_figures.ipynb #00000033
 _markers = 'osD^vP*X'
 
@@ -279,12 +270,12 @@ def plot_compare(
     ax,methods = new_axes(ax, title, xlabel, ylabel),_methods(results)
     if not methods:
         raise ValueError("there are no results to compare: give one row per run, with `method`, `flops` and `value`")
-    xs = _side_by_side([mean_and_error(f)[0] for f,_ in methods.values()])
     colours = colours or {n:_colours[i%len(_colours)] for i,n in enumerate(methods)}
-    for i,(name,(_,values)) in enumerate(methods.items()):
-        mean,error = mean_and_error(values)
-        ax.errorbar(xs[i], mean, yerr=error if len(values)>1 else None, fmt=_markers[i%len(_markers)], ms=7, capsize=4,
-                    color=colours[name], label=f"{name} ({len(values)} run{'s' if len(values)>1 else ''})")
+    for i,(name,(flops,values)) in enumerate(methods.items()):
+        (at,_),(mean,error) = mean_and_error(flops),mean_and_error(values)
+        ax.errorbar(at, mean, yerr=error if len(values)>1 else None, fmt=_markers[i%len(_markers)], ms=8, mfc='none',
+                    mew=1.8, capsize=3+i, color=colours[name],
+                    label=f"{name} ({len(values)} run{'s' if len(values)>1 else ''})")
     ax.xaxis.set_major_formatter(FuncFormatter(_amount))
     ax.margins(x=.15, y=.15)
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5), fontsize='small')
