@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from PIL import Image
-from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import IndexSplitter, IntToFloatTensor, get_image_files, parent_label
-from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.xdg import xdg_cache_home
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from ..train.loaders import EpochDL, ItemDL, PadCropFlip, Shift, Tensors
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import IndexSplitter, IntToFloatTensor, get_image_files, parent_label
+from fastai.torch_core import to_device
 
 # %% ../../nbs/experiments/01_data.ipynb #000000ff
 class _Pictures:

@@ -15,8 +15,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.metrics import accuracy
-from fastai.optimizer import OptimWrapper
 from matplotlib.figure import Figure
 from torch import nn
 from .data import InMemory, load_images, normalised
@@ -37,6 +35,8 @@ from ..train.loaders import EachEpoch
 from ..train.packing import write_atomically
 from ..train.schedules import EveryN, Towards
 from ..train.watching import FlopsCallback
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
 
 # %% ../../nbs/experiments/04_demo.ipynb #0000001c
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from ..train.quiet_fastai import Callback, Learner
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop, patch

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, TrainEvalCallback
+from ..train.quiet_fastai import Callback
+from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 import torch
-from fastai.callback.progress import ProgressCallback
 from fastcore.basics import IN_NOTEBOOK
 from .data import Patterns, load_images
 from .recipe import Setup, completed, contenders, recipes
@@ -30,6 +29,7 @@ from ..train.packing import write_atomically
 from ..train.plan import fewest
 from ..train.rates import Times
 from ..train.schedules import RoundRobin
+from fastai.callback.progress import ProgressCallback
 
 # %% ../../nbs/experiments/09_train.ipynb #000000d8
 def add_train_arguments(

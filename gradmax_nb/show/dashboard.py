@@ -14,9 +14,9 @@ import time
 import warnings
 from collections import deque
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelFitException
+from ..train.quiet_fastai import Callback, Learner
+from fastai.callback.core import CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.learner import Learner
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..core.objects import check_object

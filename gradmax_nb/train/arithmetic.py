@@ -8,9 +8,8 @@ __all__ = ['FullPrecision', 'Autocast', 'Eager', 'Compiled', 'CompileCallback']
 # %% ../../nbs/train/11_arithmetic.ipynb #00000010
 from dataclasses import dataclass
 import torch
-from fastai.callback.core import Callback
+from .quiet_fastai import Callback, Learner
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.learner import Learner
 from ..model.untouched import unwrapped
 from .learner import KeepChannelsLast
 

@@ -13,10 +13,10 @@ import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from .quiet_fastai import get_model, Learner
 from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from fastai.torch_core import get_model, set_seed, to_device
+from fastai.torch_core import set_seed, to_device
 from ..core.measure import as_batches, samples_in
 from ..model.untouched import untouched
 from .log import GrowthLog

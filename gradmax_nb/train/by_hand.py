@@ -13,8 +13,7 @@ import time
 import torch
 from contextlib import contextmanager
 from fastcore.basics import patch
-from fastai.learner import Learner
-from fastai.torch_core import get_model
+from .quiet_fastai import get_model, Learner
 from torch.utils._pytree import tree_leaves
 from ..core.measure import Offset
 from ..core.sites import as_inputs, find_sites

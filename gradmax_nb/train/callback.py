@@ -13,11 +13,10 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from fastcore.basics import patch
-from fastai.callback.core import Callback
+from .quiet_fastai import Callback, get_model, Recorder
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.tracker import SaveModelCallback
-from fastai.learner import Recorder
-from fastai.torch_core import get_model, num_distrib
+from fastai.torch_core import num_distrib
 from ..core.measure import Shortage
 from ..core.objects import check_object, refuse_class
 from ..methods.shortage import ShortageWarning, most_neurons, structural_limit

@@ -11,10 +11,9 @@ from operator import is_
 from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
-from fastai.callback.core import Callback, CancelValidException, event
+from .quiet_fastai import Callback, get_model, Learner, Recorder
+from fastai.callback.core import CancelValidException, event
 from fastai.callback.schedule import ParamScheduler
-from fastai.learner import Learner, Recorder
-from fastai.torch_core import get_model
 
 # %% ../../nbs/train/08_learner.ipynb #00000092
 class LeanLearner(Learner):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from .quiet_fastai import Callback
 from fastai.data.core import TfmdDL
 from fastcore.basics import patch
 

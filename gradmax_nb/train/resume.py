@@ -10,13 +10,12 @@ import time
 from functools import singledispatch
 from pathlib import Path
 import torch
-from fastai.callback.core import Callback, CancelEpochException
+from .quiet_fastai import Callback, get_model, Learner, Recorder
+from fastai.callback.core import CancelEpochException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.data.load import DataLoader
-from fastai.learner import Learner, Recorder
-from fastai.torch_core import get_model
 from fastcore.all import L, noop, patch
 from ..model.untouched import restore_rng, rng_state
 from .batches import GrowthLog, growth_log

@@ -9,7 +9,7 @@ __all__ = ['Stopped', 'Stop', 'Lines']
 import signal
 import threading
 import time
-from fastai.callback.core import Callback
+from .quiet_fastai import Callback
 from fastprogress.fastprogress import format_time
 
 # %% ../../nbs/train/14_stop.ipynb #00000022

@@ -10,8 +10,7 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager
 import torch
-from fastai.callback.core import Callback
-from fastai.torch_core import get_model
+from .quiet_fastai import Callback, get_model
 from fastcore.basics import patch
 from ..model.untouched import untouched, unwrapped
 from .batches import growth_log, growth_loss

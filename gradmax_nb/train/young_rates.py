@@ -11,9 +11,8 @@ __all__ = ['YoungRatesCallback']
 # %% ../../nbs/train/06b_young_rates.ipynb #000000bd
 from copy import deepcopy
 from fastcore.basics import patch
-from fastai.callback.core import Callback
+from .quiet_fastai import Callback, get_model
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastai.torch_core import get_model
 from ..model.untouched import unwrapped
 from .rates import RateRule, YoungRates
 
