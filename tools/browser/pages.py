@@ -2,8 +2,9 @@
 
 Each page in light, dark and at a width of 390 px: nothing on the console, no request to another host, no horizontal
 overflow, no box of code that scrolls sideways beside the navigation, tables that scroll on their own, formulas drawn,
-sliders that move their figures, no serious finding of axe-core; and the search finds what it should. Needs Debian's chromium and chromium-driver, `pip install selenium`, and npm for axe-core; exits with 77 where
-there is no browser."""
+sliders that move their figures, no serious finding of axe-core; and the search finds what it should.
+Needs Debian's chromium and chromium-driver, `pip install selenium`, and npm for axe-core; exits with 77 where there
+is no browser."""
 
 import argparse
 import json
