@@ -391,6 +391,8 @@ def write_api(known):
         ]
         for name in module.__all__:
             sym = getattr(module, name)
+            if getattr(sym, '__module__', None) not in (None, module.__name__):
+                continue  # listed where it is made
             label = f'[`{name}`]({path}.ipynb#{name.lower()})' if name.lower() in known.get(path, ()) else f'`{name}`'
             if label[0] != '[' and callable(sym):
                 PROBLEMS.append(f'api: {name} of {path} has no entry')

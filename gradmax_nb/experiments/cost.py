@@ -93,7 +93,7 @@ def _grown_copy(method, net, opt, case, sites):
 def _spread(ratios): return dict(median=ratios.median().item(), min=ratios.min().item(), max=ratios.max().item())
 
 def ratios(case:Case, repeats:int, threads:int, methods:tuple=_methods)->list:
-    "What a growth of a `case` by each method costs in steps, on `threads` threads, in `repeats` turns of all methods."
+    "What a growth of a `case` by each of `methods` costs in steps, on `threads` threads, in `repeats` turns of all."
     before,net = torch.get_num_threads(),deepcopy(case.model)
     opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=.9)
     sites,steps,growths,flops = find_sites(net, case.batch[0][:2])[0],[],[],[]
