@@ -381,18 +381,12 @@ def write_api(known):
     for module in modules():
         path = page_of(module)
         first = (module.__doc__ or '').strip().splitlines()
-        out += [
-            f'## {path}',
-            '',
-            f"{first[0] if first else ''} [Page]({path}.ipynb).",
-            '',
-            '| name | what it is |',
-            '|---|---|',
-        ]
-        for name in module.__all__:
-            sym = getattr(module, name)
-            if getattr(sym, '__module__', None) not in (None, module.__name__):
-                continue  # listed where it is made
+        names = {n: getattr(module, n) for n in module.__all__}
+        # what comes from elsewhere is listed where it is made
+        names = {n: o for n, o in names.items() if getattr(o, '__module__', None) in (None, module.__name__)}
+        out += [f'## {path}', '', f"{first[0] if first else ''} [Page]({path}.ipynb).", '']
+        out += ['| name | what it is |', '|---|---|'] if names else []
+        for name, sym in names.items():
             label = f'[`{name}`]({path}.ipynb#{name.lower()})' if name.lower() in known.get(path, ()) else f'`{name}`'
             if label[0] != '[' and callable(sym):
                 PROBLEMS.append(f'api: {name} of {path} has no entry')
